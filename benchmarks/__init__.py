@@ -1,0 +1,1 @@
+"""Benchmarks: measurements of whole servers and of single parts."""

@@ -1,0 +1,1 @@
+"""Processes and HTTP: what runs inside the API servers."""

@@ -1,0 +1,1 @@
+"""Guarded patches of vLLM, one module per upstream module."""

@@ -1,0 +1,64 @@
+"""The features: what each does, whether it is built yet, and when it can be on.
+
+This is the one table that the start-up log, `scalellm doctor`, `/scalellm/features` and the
+README's table (held to it by a test) are made from. Pure data: imports neither vLLM nor torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+SUPPORTED_VLLM = ">=0.29,<0.34"
+"""vLLM releases whose seams the contracts are checked against."""
+
+Status = Literal["ready", "planned"]
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One part of the plugin that can be switched by itself.
+
+    `default` says whether a bare `--plugins scalellm` turns it on; the simulated GPU must be asked
+    for by name, since it computes nothing. `patches` are names in `patches/registry.py`.
+    """
+
+    name: str
+    summary: str
+    status: Status
+    default: bool = True
+    patches: tuple[str, ...] = ()
+
+
+FEATURES: dict[str, Feature] = {
+    feature.name: feature
+    for feature in (
+        Feature(
+            "status",
+            "GET /scalellm/features: which features are on in this server, and why",
+            "ready",
+        ),
+        Feature(
+            "frontend",
+            "N async workers with a fast lane for chat and completions",
+            "planned",
+        ),
+        Feature("ipc", "shared-memory columns between frontends and the engine", "planned"),
+        Feature(
+            "scheduler",
+            "a lean decode step; fair, deadline and preemptive-priority policies",
+            "planned",
+        ),
+        Feature(
+            "quantization",
+            "online int8/int4 for plain bf16 checkpoints, and compression tools",
+            "planned",
+        ),
+        Feature(
+            "sim",
+            "a simulated GPU: its timeline without its arithmetic, for benchmarks",
+            "ready",
+            default=False,
+        ),
+    )
+}

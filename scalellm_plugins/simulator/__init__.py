@@ -1,0 +1,1 @@
+"""A GPU's timeline without the GPU."""
