@@ -1,0 +1,301 @@
+"""Every option of the plugin: parsed once into frozen structs, with errors that show the way.
+
+The same tree of options can come from `--scalellm '{…}'`, from dotted `--scalellm.frontend.workers
+4`, from vLLM's `--config` YAML and, where there is no command line, from the environment variable
+`SCALELLM_CONFIG` (JSON). This is the only module that reads or writes `SCALELLM_*` variables; they
+are also how the options reach the processes that vLLM starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from .errors import ConfigError, closest_first
+
+_S = TypeVar("_S", bound=msgspec.Struct)
+
+ROOT = "scalellm"
+"""The path of the whole tree in error messages; also the option's name."""
+
+_TRUE = frozenset({"on", "true", "yes"})
+_FALSE = frozenset({"off", "false", "no"})
+
+Toggle = Annotated[bool | None, Meta(description="on or off; unset: as --plugins says")]
+
+
+class StatusConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """GET /scalellm/features."""
+
+    enabled: Toggle = None
+
+
+class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """HTTP workers."""
+
+    enabled: Toggle = None
+    workers: Annotated[
+        Annotated[int, Meta(ge=1, le=256)] | None,
+        Meta(description="API server processes (1-256); unset: vLLM's own default"),
+    ] = None
+
+
+class IpcConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Frontend ↔ engine transport."""
+
+    enabled: Toggle = None
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Scheduling policies."""
+
+    enabled: Toggle = None
+
+
+class QuantizationConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Online quantization."""
+
+    enabled: Toggle = None
+
+
+class SimConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The simulated GPU. Its timeline belongs to `gpu` and `model`, whatever model is served."""
+
+    enabled: Toggle = None
+    gpu: Annotated[str, Meta(description="card whose timeline is simulated")] = "h200"
+    model: Annotated[str, Meta(description="model whose timeline is simulated")] = "8b"
+    tensor_parallel: Annotated[
+        Annotated[int, Meta(ge=1, le=64)] | None,
+        Meta(description="cards per replica (1-64); unset: as the model preset has it"),
+    ] = None
+    speed: Annotated[
+        Annotated[float, Meta(gt=0, le=1000)],
+        Meta(description="how much faster than the card the clock runs (0-1000)"),
+    ] = 1.0
+    kv_blocks: Annotated[
+        Annotated[int, Meta(ge=2)] | None,
+        Meta(description="KV cache blocks (at least 2); unset: from the card's memory"),
+    ] = None
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """All options. One section per feature, named as the feature (tests hold them equal)."""
+
+    enabled: Annotated[bool, Meta(description="off: the whole plugin stays out")] = True
+    strict: Annotated[
+        bool, Meta(description="refuse to start when a feature that was asked for cannot be on")
+    ] = False
+    status: StatusConfig = StatusConfig()
+    frontend: FrontendConfig = FrontendConfig()
+    ipc: IpcConfig = IpcConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+    sim: SimConfig = SimConfig()
+
+
+def _sim_gpus() -> Sequence[str]:
+    from .simulator.roofline import GPUS
+
+    return tuple(GPUS)
+
+
+def _sim_models() -> Sequence[str]:
+    from .simulator.roofline import MODELS
+
+    return tuple(MODELS)
+
+
+CHOICES: dict[str, Callable[[], Sequence[str]]] = {
+    "scalellm.sim.gpu": _sim_gpus,
+    "scalellm.sim.model": _sim_models,
+}
+"""Options that take one of a list of names; functions, so that nothing is imported before use."""
+
+
+def parse(raw: Mapping[str, Any]) -> Config:
+    """Build a `Config` from the nested mapping that the command line, YAML or JSON gave.
+
+    A feature's section may be a mapping of options or simply on/off (true/false, yes/no, also as
+    text). Dashes in keys count as underscores.
+
+    Raises:
+        ConfigError: an unknown key, a value of the wrong type or out of range; the text holds the
+            option's path, the value and what would be valid, closest match first.
+    """
+    return _struct(Config, raw, ROOT)
+
+
+def _struct(kind: type[_S], raw: Any, path: str) -> _S:
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{path}: {raw!r} is not a mapping of options. {_valid(kind, '', path)}")
+    fields = {field.name: field for field in msgspec.structs.fields(kind)}
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        name = str(key).replace("-", "_")
+        if name not in fields:
+            raise ConfigError(f"{path}.{key}: unknown option. {_valid(kind, name, path)}")
+        values[name] = _value(fields[name], value, f"{path}.{name}")
+    return kind(**values)
+
+
+def _value(field: msgspec.structs.FieldInfo, value: Any, path: str) -> Any:
+    if isinstance(field.default, msgspec.Struct):
+        section = type(field.default)
+        toggled = _as_bool(value)
+        if toggled is not None:
+            return section(enabled=toggled)  # type: ignore[call-arg]
+        if not isinstance(value, Mapping):
+            raise ConfigError(
+                f"{path}: {value!r} is neither on/off nor a mapping of options. "
+                f"{_valid(section, '', path)}"
+            )
+        return _struct(section, value, path)
+    if field.name in ("enabled", "strict"):
+        toggled = _as_bool(value)
+        if toggled is None:
+            raise ConfigError(f"{path}: {value!r} is not a switch. Valid: on, off")
+        return toggled
+    try:
+        # Not strict about numbers alone: JSON has no way to tell 1 from 1.0.
+        converted = msgspec.convert(value, field.type, strict=True)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {value!r} is not valid: {error}") from None
+    if converted is not None and path in CHOICES:
+        valid = CHOICES[path]()
+        if converted not in valid:
+            names = ", ".join(closest_first(converted, valid))
+            raise ConfigError(f"{path}: {converted!r} is unknown. Valid: {names}")
+    return converted
+
+
+def _as_bool(value: Any) -> bool | None:
+    """on/off in any of its spellings, or None."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        lowered = value.lower()
+        return True if lowered in _TRUE else False if lowered in _FALSE else None
+    return None
+
+
+def _valid(kind: type[msgspec.Struct], near: str, path: str) -> str:
+    names = closest_first(near, (field.name for field in msgspec.structs.fields(kind)))
+    return f"Valid under {path}: {', '.join(names)}"
+
+
+def switches() -> frozenset[str]:
+    """Dotted paths of the options that are switches, such as "scalellm.ipc" (no value means on)."""
+    paths = {f"{ROOT}.strict", f"{ROOT}.enabled"}
+    for field in msgspec.structs.fields(Config):
+        if isinstance(field.default, msgspec.Struct):
+            paths |= {f"{ROOT}.{field.name}", f"{ROOT}.{field.name}.enabled"}
+    return frozenset(paths)
+
+
+def describe() -> list[tuple[str, str, str]]:
+    """Every option as (dotted path, default, description), in the structs' order, for help texts.
+
+    Lists of names are not spelt out here: they would be imported to print a help text.
+    """
+    return _describe(Config, ROOT)
+
+
+def _describe(kind: type[msgspec.Struct], path: str) -> list[tuple[str, str, str]]:
+    rows = []
+    types = msgspec.inspect.type_info(kind)
+    assert isinstance(types, msgspec.inspect.StructType)
+    for field, info in zip(msgspec.structs.fields(kind), types.fields, strict=True):
+        name = f"{path}.{field.name}"
+        if isinstance(field.default, msgspec.Struct):
+            rows += _describe(type(field.default), name)
+            continue
+        meta = info.type
+        text = ""
+        if isinstance(meta, msgspec.inspect.Metadata):
+            text = (meta.extra_json_schema or {}).get("description", "")
+        default = "unset" if field.default is None else json.dumps(field.default)
+        rows.append((name, default, text))
+    return rows
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay the options of `over` over those of `base`, mapping by mapping; `over` wins.
+
+    A section that is merely switched (`ipc: off`) keeps the options that it had.
+    """
+    merged = dict(base)
+    for key, value in over.items():
+        name = key.replace("-", "_")
+        old = merged.get(name)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            merged[name] = merge(old, value)
+        elif isinstance(old, Mapping) and _as_bool(value) is not None:
+            merged[name] = {**old, "enabled": value}
+        elif isinstance(value, Mapping) and _as_bool(old) is not None:
+            merged[name] = {"enabled": old, **value}
+        else:
+            merged[name] = value
+    return merged
+
+
+# The environment: options and decisions on their way to child processes.
+
+_CONFIG = "SCALELLM_CONFIG"
+_STATE = "SCALELLM_STATE"
+_RESTARTED = "SCALELLM_RESTARTED"
+
+
+def raw_from_env() -> dict[str, Any]:
+    """Return the options in `SCALELLM_CONFIG` as the nested mapping that they are, unchecked.
+
+    Raises:
+        ConfigError: the variable is not a JSON object.
+    """
+    text = os.environ.get(_CONFIG, "").strip()
+    if not text:
+        return {}
+    try:
+        raw = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{_CONFIG}={text!r} is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{_CONFIG}={text!r} is not a JSON object such as " + '{"strict": true}')
+    return raw
+
+
+def raw_to_env(raw: Mapping[str, Any]) -> None:
+    """Export options (unparsed, so that a child reads exactly what the user wrote)."""
+    os.environ[_CONFIG] = json.dumps(raw, sort_keys=True)
+
+
+def current() -> Config:
+    """The options of this process, from the environment. Parsed at each call: keep the result.
+
+    Raises:
+        ConfigError: as `parse`.
+    """
+    return parse(raw_from_env())
+
+
+def state_from_env() -> dict[str, Any] | None:
+    """What the first process decided (see activation.py), or None in the first process."""
+    text = os.environ.get(_STATE)
+    return json.loads(text) if text else None
+
+
+def state_to_env(state: Mapping[str, Any]) -> None:
+    """Export the decisions, so that every process of the server agrees on them."""
+    os.environ[_STATE] = json.dumps(state)
+
+
+def mark_restarted() -> bool:
+    """Note that the process restarts itself once; False if it already did."""
+    if os.environ.get(_RESTARTED):
+        return False
+    os.environ[_RESTARTED] = "1"
+    return True

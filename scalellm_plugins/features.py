@@ -12,7 +12,8 @@ from typing import Literal
 SUPPORTED_VLLM = ">=0.29,<0.34"
 """vLLM releases whose seams the contracts are checked against."""
 
-Status = Literal["ready", "planned"]
+Status = Literal["ready", "partial", "planned"]
+"""ready: does what its line says; partial: the line says which part is built; planned: none."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ FEATURES: dict[str, Feature] = {
         ),
         Feature(
             "frontend",
-            "N async workers with a fast lane for chat and completions",
-            "planned",
+            "workers=N: that many of vLLM's own API servers (the fast lane is not built yet)",
+            "partial",
         ),
         Feature("ipc", "shared-memory columns between frontends and the engine", "planned"),
         Feature(

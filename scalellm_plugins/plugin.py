@@ -1,23 +1,82 @@
-"""What vLLM's entry points call, and nothing else."""
+"""What vLLM's entry points call, and nothing else.
+
+Everything is imported inside the functions: installed but not asked for, this package costs vLLM
+the import of this file and the two command-line options.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 
 def register() -> None:
-    """`vllm.general_plugins`: called in every vLLM process."""
+    """`vllm.general_plugins`: vLLM calls it in every process, possibly once per name of ours.
+
+    Raises:
+        ScaleLLMError: VLLM_PLUGINS or SCALELLM_CONFIG asks for what cannot be. (On the command
+            line the same is a usage error.)
+    """
+    from . import activation, names
+
+    if _building_command_line():
+        activation.apply_patches("core", when="cli")
+        return
+    for name in activation.general_only():
+        names.load_general({name})
+    if names.asked_by_environment():
+        activation.from_environment()
 
 
 def simulated_platform() -> str | None:
-    """`vllm.platform_plugins`: the simulated GPU, when it was asked for."""
-    import os
+    """`vllm.platform_plugins`: the simulated GPU's platform class, when it was asked for."""
+    from . import activation
 
-    if "scalellm.sim" in os.environ.get("VLLM_PLUGINS", "").split(","):
+    if activation.simulation_is_asked_for():
         return "scalellm_plugins.simulator.platform.SimulatedGpuPlatform"
     return None
 
 
 def endpoints() -> Any:
-    """`vllm.endpoint_plugins`."""
-    raise NotImplementedError
+    """`vllm.endpoint_plugins`: the routes under /scalellm."""
+    from .frontends.status import StatusEndpoint
+
+    return StatusEndpoint()
+
+
+def keep_options() -> None:
+    """`torch.backends`: keep `--plugins` and `--scalellm` alive under a foreign `VLLM_PLUGINS`.
+
+    With `VLLM_PLUGINS=other`, vLLM loads no plugin but `other`, so that `vllm serve MODEL
+    --plugins scalellm` would end in "unrecognized arguments". PyTorch calls the entry points of
+    this group at the end of `import torch`, which vLLM imports before it looks for plugins, and
+    which no variable of vLLM's filters. Here it only adds a name that makes the options exist
+    (`names.OPTIONS_ONLY`), and only on a command line of vLLM that may hold them.
+    """
+    names = os.environ.get("VLLM_PLUGINS")
+    if names is None or "scalellm" in names or not _may_hold_options(sys.argv):
+        return
+    os.environ["VLLM_PLUGINS"] = f"{names},scalellm.cli".lstrip(",")
+
+
+def _may_hold_options(argv: list[str]) -> bool:
+    # `vllm …`, or `python -m vllm.…` (whose sys.argv[0] is not known yet at this time).
+    ours = os.path.basename(argv[0] if argv else "") == "vllm" or any(
+        token.startswith("vllm.") for token in sys.orig_argv[1:3]
+    )
+    return ours and any(token.startswith(("--plugins", "--scalellm", "--config")) for token in argv)
+
+
+def _building_command_line() -> bool:
+    """Whether vLLM loads us to build its command line: then parsing decides, a moment later.
+
+    There is no other sign: the same function is called for the same reason in a library's process
+    (`vllm.LLM`), where nothing will be parsed. The name is part of the contract in the registry.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "add_cli_args":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

@@ -1,0 +1,213 @@
+"""From names and options to a decision, without vLLM."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from importlib.metadata import EntryPoint, EntryPoints
+
+import pytest
+
+from scalellm_plugins import activation, config, names, plugin
+from scalellm_plugins.errors import ConfigError, ContractError, UnknownPluginError
+from scalellm_plugins.features import FEATURES
+
+HOLDS: dict[str, list[str]] = {}
+
+
+@pytest.fixture(autouse=True)
+def environment(
+    clean_environment: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
+) -> pytest.MonkeyPatch:
+    """No contract is broken and no patch is applied: those have tests of their own."""
+    monkeypatch.setattr(activation, "contract_reasons", lambda name: HOLDS.get(name, []))
+    monkeypatch.setattr(activation, "apply_patches", lambda *_args, **_kwargs: None)
+    return clean_environment
+
+
+def on(states: tuple[activation.FeatureState, ...]) -> set[str]:
+    return {state.name for state in states if state.on}
+
+
+def run(line: list[str], options: dict[str, object] | None = None) -> argparse.Namespace:
+    arguments = argparse.Namespace(api_server_count=None)
+    activation.from_command_line(line, options or {}, arguments)
+    return arguments
+
+
+def test_everything_safe_is_everything_built_but_the_simulator() -> None:
+    expected = {f.name for f in FEATURES.values() if f.default and f.status != "planned"}
+    assert on(activation.decide(["scalellm"], config.Config())) == expected
+    assert "sim" not in expected
+
+
+def test_a_feature_is_picked_by_name() -> None:
+    assert on(activation.decide(["scalellm.status"], config.Config())) == {"status"}
+
+
+@pytest.mark.parametrize(
+    ("picked", "options", "expected"),
+    [
+        (["scalellm"], {"status": "off"}, {"frontend"}),
+        (["scalellm.frontend"], {"status": "on"}, {"frontend", "status"}),
+        (["scalellm.frontend"], {"frontend": "off"}, set()),
+        (["scalellm"], {"enabled": "off"}, set()),
+        (["scalellm"], {"sim": {"enabled": "on"}}, {"frontend", "status", "sim"}),
+    ],
+)
+def test_a_switch_beats_a_name(
+    picked: list[str], options: dict[str, object], expected: set[str]
+) -> None:
+    assert on(activation.decide(picked, config.parse(options))) == expected
+
+
+def test_a_broken_contract_turns_its_feature_off_and_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(HOLDS, "status", ["module X is gone"])
+    states = {state.name: state for state in activation.decide(["scalellm"], config.Config())}
+    assert not states["status"].on
+    assert "module X is gone" in states["status"].why
+    assert states["frontend"].on
+
+
+def test_strict_refuses_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    strict = config.parse({"strict": "on"})
+    activation.decide(["scalellm"], strict)  # planned features that nobody named do not count
+    with pytest.raises(ContractError, match="ipc: planned"):
+        activation.decide(["scalellm.ipc"], strict)
+    monkeypatch.setitem(HOLDS, "status", ["module X is gone"])
+    with pytest.raises(ContractError, match="module X is gone"):
+        activation.decide(["scalellm"], strict)
+
+
+def test_the_decision_travels_and_is_not_taken_twice() -> None:
+    run(["scalellm"], {"status": "off"})
+    assert not activation.is_due()
+    assert on(activation.states()) == {"frontend"}
+    before = dict(os.environ)
+    activation.from_environment()  # what a child process does
+    assert dict(os.environ) == before
+    assert config.current().status.enabled is False
+
+
+def test_unset_vllm_plugins_keeps_allowing_every_other_plugin() -> None:
+    run(["scalellm.status"])
+    allowed = os.environ["VLLM_PLUGINS"].split(",")
+    assert "scalellm.status" in allowed
+    assert names.discovered() - set(allowed) <= {
+        "lora_hf_hub_resolver",  # being named is consent to remote downloads
+        *(name for name in names.discovered() if name.startswith("scalellm")),
+    }
+    assert not any(names.is_ours(name) for name in allowed if name != "scalellm.status")
+
+
+def test_set_vllm_plugins_is_extended(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("VLLM_PLUGINS", "lora_filesystem_resolver")
+    run(["scalellm.status"])
+    assert os.environ["VLLM_PLUGINS"].split(",") == ["lora_filesystem_resolver", "scalellm.status"]
+
+
+def _install(monkeypatch: pytest.MonkeyPatch, points: list[tuple[str, str]]) -> None:
+    found = EntryPoints(EntryPoint(name, "builtins:print", group) for group, name in points)
+
+    def select(group: str) -> EntryPoints:
+        return found.select(group=group)
+
+    monkeypatch.setattr(names, "entry_points", select)
+
+
+def test_other_plugins_routes_are_not_opened_behind_their_owners_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM loads routes only of plugins that VLLM_PLUGINS names; unset, nobody named them."""
+    _install(monkeypatch, [(names.GENERAL, "foo"), (names.ENDPOINT, "foo"), (names.GENERAL, "bar")])
+    run(["scalellm.frontend"])
+    assert os.environ["VLLM_PLUGINS"].split(",") == ["scalellm.frontend", "bar"]
+    assert activation.general_only() == ["foo"]
+    run(["scalellm.frontend"])  # as after a restart: VLLM_PLUGINS is set now
+    assert activation.general_only() == ["foo"]
+
+
+def test_other_plugins_can_be_named_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    _install(monkeypatch, [(names.GENERAL, "foo"), (names.ENDPOINT, "foo"), (names.GENERAL, "bar")])
+    run(["foo"])
+    assert os.environ["VLLM_PLUGINS"].split(",") == ["foo", "bar"]
+    assert activation.states() == ()
+
+
+def test_a_plugin_named_late_is_loaded_here_too(
+    monkeypatch: pytest.MonkeyPatch,
+    environment: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    environment.setenv("VLLM_PLUGINS", "bar")
+    _install(monkeypatch, [(names.GENERAL, "foo"), (names.GENERAL, "bar")])
+    run(["foo"])
+    assert capsys.readouterr().out == "\n"  # the plugin is print(), called once
+
+
+def test_workers_become_api_servers_and_contradictions_are_refused() -> None:
+    assert run(["scalellm"], {"frontend": {"workers": 3}}).api_server_count == 3
+    assert run(["scalellm"]).api_server_count == 3  # from SCALELLM_CONFIG
+    arguments = argparse.Namespace(api_server_count=2)
+    with pytest.raises(ConfigError, match="--api-server-count 2"):
+        activation.from_command_line(["scalellm"], {}, arguments)
+
+
+def test_switched_off_it_leaves_vllms_arguments_alone() -> None:
+    arguments = run(["scalellm"], {"frontend": {"workers": 3, "enabled": "off"}})
+    assert arguments.api_server_count is None
+
+
+def test_a_wrong_name_in_the_variable_is_refused(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("VLLM_PLUGINS", "scalellm,scalellm.icp")
+    with pytest.raises(UnknownPluginError, match=r"VLLM_PLUGINS: .*'scalellm.icp'.*scalellm.ipc"):
+        activation.from_environment()
+
+
+@pytest.mark.parametrize(
+    ("variable", "options", "expected"),
+    [
+        (None, "", False),
+        ("scalellm", "", False),
+        ("scalellm.sim", "", True),
+        ("scalellm.sim", '{"sim": "off"}', False),
+        ("scalellm", '{"sim": "on"}', True),
+    ],
+)
+def test_the_simulated_platform_waits_to_be_asked(
+    environment: pytest.MonkeyPatch, variable: str | None, options: str, expected: bool
+) -> None:
+    if variable:
+        environment.setenv("VLLM_PLUGINS", variable)
+    environment.setenv("SCALELLM_CONFIG", options)
+    assert (plugin.simulated_platform() is not None) is expected
+
+
+@pytest.mark.parametrize(
+    ("variable", "argv", "expected"),
+    [
+        (None, ["vllm", "serve", "M", "--plugins", "scalellm"], None),
+        ("foo", ["/x/vllm", "serve", "M", "--plugins", "scalellm"], "foo,scalellm.cli"),
+        ("foo", ["/x/vllm", "serve", "M", "--config", "c.yaml"], "foo,scalellm.cli"),
+        ("foo", ["/x/vllm", "serve", "M"], "foo"),
+        ("foo", ["/x/train.py", "--plugins", "scalellm"], "foo"),
+        ("foo,scalellm", ["vllm", "serve", "M", "--plugins", "scalellm"], "foo,scalellm"),
+        ("", ["vllm", "serve", "M", "--scalellm.ipc", "off"], "scalellm.cli"),
+    ],
+)
+def test_options_stay_alive_under_a_foreign_allowlist(
+    environment: pytest.MonkeyPatch, variable: str | None, argv: list[str], expected: str | None
+) -> None:
+    if variable is not None:
+        environment.setenv("VLLM_PLUGINS", variable)
+    environment.setattr("sys.argv", argv)
+    plugin.keep_options()
+    assert os.environ.get("VLLM_PLUGINS") == expected
+
+
+def test_the_table_is_short_and_says_why() -> None:
+    text = activation.table(activation.decide(["scalellm.ipc"], config.Config()))
+    assert len(text.splitlines()) == len(FEATURES) + 2
+    assert "planned: not in version" in text
