@@ -69,10 +69,10 @@ def requested(names: Iterable[str], options: config.Config) -> dict[str, str]:
         if switch is not None:
             if switch:
                 wanted[feature.name] = f"--scalellm.{feature.name} on"
-        elif f"{ALL}.{feature.name}" in named:
-            wanted[feature.name] = f"--plugins {ALL}.{feature.name}"
         elif ALL in named and feature.default:
             wanted[feature.name] = f"--plugins {ALL}"
+        elif f"{ALL}.{feature.name}" in named:
+            wanted[feature.name] = f"--plugins {ALL}.{feature.name}"
     return wanted
 
 
@@ -88,11 +88,13 @@ def decide(names: Sequence[str], options: config.Config) -> tuple[FeatureState, 
     wanted = requested(names, options)
     states = tuple(_decide_one(feature, wanted, options) for feature in FEATURES.values())
     if options.strict:
-        _refuse_missing(states, wanted)
+        _refuse_missing(states, wanted, names)
     return states
 
 
-def _refuse_missing(states: Iterable[FeatureState], wanted: Mapping[str, str]) -> None:
+def _refuse_missing(
+    states: Iterable[FeatureState], wanted: Mapping[str, str], names: Sequence[str]
+) -> None:
     """Raise ContractError if a feature that was asked for is off.
 
     A planned feature counts only if it was named: `--plugins scalellm` promises what is safe here,
@@ -103,7 +105,11 @@ def _refuse_missing(states: Iterable[FeatureState], wanted: Mapping[str, str]) -
         for state in states
         if state.name in wanted
         and not state.on
-        and (FEATURES[state.name].status != "planned" or wanted[state.name] != f"--plugins {ALL}")
+        and (
+            FEATURES[state.name].status != "planned"
+            or f"{ALL}.{state.name}" in names
+            or wanted[state.name] != f"--plugins {ALL}"
+        )
     ]
     if missing:
         raise ContractError(
@@ -154,6 +160,17 @@ def table(states: Iterable[FeatureState]) -> str:
     return "\n".join([f"ScaleLLM plugins {__version__}", *lines])
 
 
+def announce(text: str) -> None:
+    """Log at INFO, or write to standard error while vLLM has not set up its logging yet.
+
+    Since 0.32 it does so from the parsed arguments, just after the command line decided.
+    """
+    if logger.hasHandlers():
+        logger.info("%s", text)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
 # Entry: the command line
 
 
@@ -187,7 +204,7 @@ def from_command_line(
     config.raw_to_env(raw)
     _export_states(states)
     _export_names([*names, *(f"{ALL}.{state.name}" for state in states if state.on)])
-    logger.info("%s", table(states))
+    announce(table(states))
     carry_out()
     _set_arguments(states, parsed, arguments)
 
@@ -260,7 +277,7 @@ def _restart() -> None:
             "the platform plugin named in --plugins was not activated by vLLM after a restart. "
             f"VLLM_PLUGINS={os.environ.get('VLLM_PLUGINS')!r}: start with it set from the outside."
         )
-    logger.info("Restarting this process: a platform plugin must be known from the first import.")
+    announce("Restarting this process: a platform plugin must be known from the first import.")
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -280,7 +297,7 @@ def from_environment() -> None:
         check_names(filter(is_ours, names), "VLLM_PLUGINS")
         states = decide(names, config.current())
         _export_states(states)
-        logger.info("%s", table(states))
+        announce(table(states))
     carry_out()
 
 

@@ -210,7 +210,9 @@ def _describe(kind: type[msgspec.Struct], path: str) -> list[tuple[str, str, str
     types = msgspec.inspect.type_info(kind)
     assert isinstance(types, msgspec.inspect.StructType)
     for field, info in zip(msgspec.structs.fields(kind), types.fields, strict=True):
-        name = f"{path}.{field.name}"
+        # A section's switch is written without its name: --scalellm.ipc off.
+        short = field.name == "enabled" and path != ROOT
+        name = path if short else f"{path}.{field.name}"
         if isinstance(field.default, msgspec.Struct):
             rows += _describe(type(field.default), name)
             continue

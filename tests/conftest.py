@@ -22,7 +22,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Undo every change of VLLM_PLUGINS and SCALELLM_* after the test; start without them."""
     for name in ("VLLM_PLUGINS", "SCALELLM_CONFIG", "SCALELLM_STATE", "SCALELLM_RESTARTED"):
-        # Set before deleting: monkeypatch then restores "unset" even if the code under test sets it.
+        # Set, then deleted: monkeypatch then restores "unset" even if the code under test sets it.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return monkeypatch

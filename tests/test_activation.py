@@ -75,7 +75,7 @@ def test_strict_refuses_instead(monkeypatch: pytest.MonkeyPatch) -> None:
     strict = config.parse({"strict": "on"})
     activation.decide(["scalellm"], strict)  # planned features that nobody named do not count
     with pytest.raises(ContractError, match="ipc: planned"):
-        activation.decide(["scalellm.ipc"], strict)
+        activation.decide(["scalellm", "scalellm.ipc"], strict)
     monkeypatch.setitem(HOLDS, "status", ["module X is gone"])
     with pytest.raises(ContractError, match="module X is gone"):
         activation.decide(["scalellm"], strict)

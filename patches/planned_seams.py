@@ -1,0 +1,369 @@
+"""Seams of features that are not built yet: watched, so that they can be built.
+
+A break here switches nothing off that exists today; `scalellm doctor` reports it, and fails on it
+only under `--strict`. Pure data, like `seams.py`.
+"""
+
+from __future__ import annotations
+
+from .contracts import Target
+from .seams import Seam
+
+_ENGINE = "vllm.v1.engine"
+_CORE = "vllm.v1.engine.core"
+_CLIENT = "vllm.v1.engine.core_client"
+_SCHEDULER = "vllm.v1.core.sched.scheduler"
+_ASYNC_SCHEDULER = "vllm.v1.core.sched.async_scheduler"
+_QUANTIZATION = "vllm.model_executor.layers.quantization"
+
+# Order on the wire: these structs are array-like. Upstream may append, and did.
+_OUTPUT_FIELDS = (
+    "request_id",
+    "new_token_ids",
+    "new_logprobs",
+    "new_prompt_logprobs_tensors",
+    "pooling_output",
+    "finish_reason",
+    "stop_reason",
+    "events",
+    "kv_transfer_params",
+    "ec_transfer_params",
+    "trace_headers",
+    "prefill_stats",
+    "routed_experts",
+    "num_nans_in_logits",
+    "mm_cache_miss_hashes",
+    "new_sampling_mask",
+    "spec_decode_metrics",
+)
+_OUTPUTS_FIELDS = (
+    "engine_index",
+    "outputs",
+    "scheduler_stats",
+    "timestamp",
+    "utility_output",
+    "finished_requests",
+    "wave_complete",
+    "start_wave",
+)
+_REQUEST_FIELDS = (
+    "request_id",
+    "prompt_token_ids",
+    "mm_features",
+    "sampling_params",
+    "pooling_params",
+    "arrival_time",
+    "lora_request",
+    "cache_salt",
+    "data_parallel_rank",
+    "prompt_embeds",
+    "prompt_is_token_ids",
+    "client_index",
+    "current_wave",
+    "priority",
+    "trace_headers",
+    "resumable",
+    "external_req_id",
+    "reasoning_ended",
+    "reasoning_parser_kwargs",
+    "abort_immediately",
+    "session_id",
+)
+
+
+def _struct(name: str, fields: tuple[str, ...], vllm: str = "") -> Target:
+    return Target(
+        module=_ENGINE, qualname=name, kind="class", fields=fields, vllm=vllm
+    )
+
+
+IPC = (
+    Seam(
+        name="engine_messages",
+        feature="ipc",
+        why="columns replace these structs on the wire, and the rest still travels as them",
+        targets=(
+            _struct("EngineCoreOutput", _OUTPUT_FIELDS),
+            _struct(
+                "EngineCoreOutput", (*_OUTPUT_FIELDS, "prompt_token_id_logprobs"), vllm=">=0.31"
+            ),
+            _struct(
+                "EngineCoreOutput",
+                (*_OUTPUT_FIELDS, "prompt_token_id_logprobs", "error"),
+                vllm=">=0.33",
+            ),
+            _struct("EngineCoreOutputs", _OUTPUTS_FIELDS),
+            _struct("EngineCoreOutputs", (*_OUTPUTS_FIELDS, "weight_version"), vllm=">=0.32"),
+            _struct("EngineCoreRequest", _REQUEST_FIELDS),
+            _struct("EngineCoreRequest", (*_REQUEST_FIELDS, "kv_hints"), vllm=">=0.31"),
+        ),
+    ),
+    Seam(
+        name="engine_sockets",
+        feature="ipc",
+        why="the engine's input and output threads are replaced at class level",
+        targets=(
+            Target(
+                module=_CORE,
+                qualname="EngineCoreProc.process_input_sockets",
+                parameters=("input_addresses", "coord_input_address", "identity", "ready_event"),
+                is_async=False,
+                reads=("self.input_queue", "self.aborts_queue"),
+                calls=("ready_event.set", "self.preprocess_add_request"),
+            ),
+            Target(
+                module=_CORE,
+                qualname="EngineCoreProc.process_output_sockets",
+                parameters=("output_paths", "coord_output_path", "engine_index"),
+                is_async=False,
+                reads=("EngineCoreProc.ENGINE_CORE_DEAD",),
+                calls=("self.output_queue.get",),
+            ),
+            # Plugins load inside super().__init__, hence before the threads look the methods up.
+            Target(
+                module=_CORE,
+                qualname="EngineCoreProc.__init__",
+                assigns=("self.input_queue", "self.output_queue"),
+                reads=("self.process_input_sockets", "self.process_output_sockets"),
+                calls=("super().__init__", "threading.Thread"),
+            ),
+        ),
+    ),
+    Seam(
+        name="engine_client",
+        feature="ipc",
+        why="the frontend's client of the engine is made by name, at call time",
+        targets=(
+            Target(
+                module=_CLIENT,
+                qualname="EngineCoreClient.make_async_mp_client",
+                # 0.30 appended `renderer`, with a default.
+                parameters=(
+                    "vllm_config",
+                    "executor_class",
+                    "log_stats",
+                    "client_addresses",
+                    "client_count",
+                    "client_index",
+                ),
+                binding="staticmethod",
+                calls=("AsyncMPClient",),
+            ),
+            Target(
+                module=_CLIENT,
+                qualname="AsyncMPClient",
+                kind="class",
+                bases=("MPClient",),
+                members=("add_request_async", "abort_requests_async", "get_output_async"),
+            ),
+        ),
+    ),
+)
+
+SCHEDULER = (
+    Seam(
+        name="scheduler_class",
+        feature="scheduler",
+        why="one thin subclass of AsyncScheduler hosts the policies",
+        targets=(
+            Target(
+                module="vllm.config.scheduler",
+                qualname="SchedulerConfig.get_scheduler_cls",
+                calls=("resolve_obj_by_qualname",),
+            ),
+            Target(
+                module=_ASYNC_SCHEDULER,
+                qualname="AsyncScheduler",
+                kind="class",
+                bases=("Scheduler", "SchedulerInterface"),
+                implements=(),
+            ),
+            Target(
+                module=_ASYNC_SCHEDULER,
+                qualname="AsyncScheduler.schedule",
+                parameters=("throttle_prefills",),
+            ),
+            Target(
+                module=_ASYNC_SCHEDULER,
+                qualname="AsyncScheduler.update_from_output",
+                parameters=("scheduler_output", "model_runner_output"),
+            ),
+            Target(
+                module=_ASYNC_SCHEDULER,
+                qualname="AsyncScheduler.finish_requests",
+                parameters=("request_ids", "finished_status"),
+            ),
+            Target(
+                module=_ASYNC_SCHEDULER,
+                qualname="AsyncScheduler._update_after_schedule",
+                parameters=("scheduler_output",),
+                assigns=("request.num_output_placeholders",),
+            ),
+            # Defined by AsyncScheduler itself until 0.33, which moved it into Scheduler.
+            Target(
+                module=_ASYNC_SCHEDULER,
+                qualname="AsyncScheduler._update_request_with_output",
+                parameters=("request", "new_token_ids", "is_stale"),
+                assigns=("request.num_output_placeholders",),
+            ),
+            Target(
+                module=_ASYNC_SCHEDULER,
+                qualname="AsyncScheduler._preempt_request",
+                parameters=("request", "timestamp"),
+            ),
+            # Pausing asks whether a request is known, from this release on.
+            Target(
+                module=_ASYNC_SCHEDULER,
+                qualname="AsyncScheduler.has_request",
+                parameters=("request_id",),
+                vllm=">=0.33",
+            ),
+        ),
+    ),
+    Seam(
+        name="scheduler_state",
+        feature="scheduler",
+        why="the lean decode step reads the scheduler's lists and makes its output",
+        targets=(
+            Target(
+                module=_SCHEDULER,
+                qualname="Scheduler.__init__",
+                assigns=("self.requests", "self.running", "self.waiting", "self.policy"),
+            ),
+            Target(
+                module=_SCHEDULER,
+                qualname="Scheduler.__init__",
+                assigns=("self.skipped_waiting",),
+                vllm="<0.31",
+            ),
+            Target(
+                module=_SCHEDULER,
+                qualname="Scheduler.__init__",
+                assigns=("self.kv_holding_waiting", "self.max_num_active_reqs"),
+                vllm=">=0.31",
+            ),
+            Target(
+                module="vllm.v1.core.sched.output",
+                qualname="SchedulerOutput",
+                kind="class",
+                # num_common_prefix_blocks was required until 0.32 gave it a default.
+                constructed_with=(
+                    "scheduled_new_reqs",
+                    "scheduled_cached_reqs",
+                    "num_scheduled_tokens",
+                    "total_num_scheduled_tokens",
+                    "scheduled_spec_decode_tokens",
+                    "scheduled_encoder_inputs",
+                    "num_common_prefix_blocks",
+                    "finished_req_ids",
+                    "free_encoder_mm_hashes",
+                ),
+            ),
+            Target(
+                module="vllm.v1.core.sched.output",
+                qualname="CachedRequestData",
+                kind="class",
+                constructed_with=(
+                    "req_ids",
+                    "resumed_req_ids",
+                    "new_token_ids",
+                    "all_token_ids",
+                    "new_block_ids",
+                    "num_computed_tokens",
+                    "num_output_tokens",
+                ),
+            ),
+        ),
+    ),
+    Seam(
+        name="request_queue",
+        feature="scheduler",
+        why="a policy orders `Scheduler.waiting` through a queue of its own",
+        targets=(
+            Target(
+                module="vllm.v1.core.sched.request_queue",
+                qualname="RequestQueue",
+                kind="class",
+                implements=(
+                    "add_request",
+                    "pop_request",
+                    "peek_request",
+                    "prepend_request",
+                    "prepend_requests",
+                    "remove_request",
+                    "remove_requests",
+                    "__bool__",
+                    "__len__",
+                    "__iter__",
+                ),
+            ),
+        ),
+    ),
+)
+
+QUANTIZATION = (
+    Seam(
+        name="quantization_registry",
+        feature="quantization",
+        why="a method is registered by name and found by --quantization",
+        targets=(
+            Target(
+                module=_QUANTIZATION,
+                qualname="register_quantization_config",
+                parameters=("quantization",),
+            ),
+            Target(
+                module=_QUANTIZATION,
+                qualname="get_quantization_config",
+                parameters=("quantization",),
+                reads=("_CUSTOMIZED_METHOD_TO_QUANT_CONFIG",),
+            ),
+            Target(
+                module=f"{_QUANTIZATION}.base_config",
+                qualname="QuantizationConfig",
+                kind="class",
+                implements=(
+                    "get_name",
+                    "get_supported_act_dtypes",
+                    "get_min_capability",
+                    "get_config_filenames",
+                    "from_config",
+                    "get_quant_method",
+                ),
+            ),
+        ),
+    ),
+    Seam(
+        name="linear_method",
+        feature="quantization",
+        why="weights are packed after loading, and applied by our kernels",
+        targets=(
+            Target(
+                module="vllm.model_executor.layers.linear",
+                qualname="LinearMethodBase",
+                kind="class",
+                implements=("create_weights", "apply"),
+                members=("process_weights_after_loading",),
+            ),
+            Target(
+                module="vllm.model_executor.layers.linear",
+                qualname="LinearMethodBase.create_weights",
+                parameters=(
+                    "layer",
+                    "input_size_per_partition",
+                    "output_partition_sizes",
+                    "input_size",
+                    "output_size",
+                    "params_dtype",
+                ),
+            ),
+            Target(
+                module="vllm.model_executor.layers.linear",
+                qualname="LinearMethodBase.apply",
+                parameters=("layer", "x", "bias"),
+            ),
+        ),
+    ),
+)
+
+PLANNED: tuple[Seam, ...] = (*IPC, *SCHEDULER, *QUANTIZATION)

@@ -1,0 +1,95 @@
+"""The `scalellm` command. Sub-commands import what they need when they run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from scalellm_plugins import __version__
+from scalellm_plugins.errors import ScaleLLMError
+
+USAGE_ERROR = 2
+"""Exit code for what the user asked for and cannot be, argparse's own."""
+
+_DESCRIPTION = "Tools beside the plugins that `vllm serve --plugins scalellm` loads."
+
+_DOCTOR = """\
+Compare every patch and seam with vLLM's source and say which features can be on.
+Imports neither vLLM nor torch. Exit code: 0 every built feature can be on, 1 one
+cannot, 2 usage error or no vLLM."""
+
+_DOCTOR_EXAMPLES = """\
+examples:
+  scalellm doctor
+  scalellm doctor --feature status --feature sim
+  scalellm doctor --json | jq .features
+  pip download --no-deps vllm==0.33.0 && scalellm doctor --strict --wheel vllm-0.33.0-*.whl"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code; raises SystemExit only where argparse does."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # Handed over whole: argparse would want to understand the benchmark's own options.
+    if argv[:1] == ["bench"]:
+        return _bench(argv[1:])
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return USAGE_ERROR
+    try:
+        return _doctor(arguments)
+    except ScaleLLMError as error:
+        print(f"scalellm {arguments.command}: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except BrokenPipeError:  # `scalellm doctor | head`: nobody reads on, which is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("scalellm", description=_DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"scalellm-plugins {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    doctor = commands.add_parser(
+        "doctor",
+        help="which features this vLLM can carry",
+        description=_DOCTOR,
+        epilog=_DOCTOR_EXAMPLES,
+        formatter_class=raw,
+    )
+    doctor.add_argument(
+        "--wheel", metavar="FILE", help="check this vLLM wheel, without installing it"
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    doctor.add_argument(
+        "--feature",
+        metavar="NAME",
+        action="append",
+        help="only this feature, or core; may be repeated. Core must hold in any case",
+    )
+    doctor.add_argument(
+        "--strict", action="store_true", help="broken seams of planned features fail, too"
+    )
+    # Only for the help; `main` never lets argparse see the arguments after it.
+    commands.add_parser("bench", help="measure vLLM with and without the plugins", add_help=False)
+    return parser
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from scalellm_plugins import doctor
+
+    return doctor.run(arguments)
+
+
+def _bench(argv: list[str]) -> int:
+    from scalellm_plugins.benchmarks import compare
+
+    return int(compare.main(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
