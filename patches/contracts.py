@@ -18,6 +18,8 @@ from .sources import Definition, Function, Source, SourceError, bindings, dotted
 Kind = Literal["function", "class", "attribute"]
 Binding = Literal["instance", "staticmethod", "classmethod", "property"]
 
+_A: dict[Kind, str] = {"function": "a function", "class": "a class", "attribute": "an attribute"}
+
 _UNSET: Any = object()
 
 
@@ -154,7 +156,7 @@ def _missing(target: Target, source: Source) -> str:
         where = present[0]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     hint = f" (the nearest name is {near[0]})" if near else ""
-    return f"{target.label}: expected a {target.kind} {name} in {where}, found none{hint}"
+    return f"{target.label}: expected {_A[target.kind]} {name} in {where}, found none{hint}"
 
 
 def _body(cls: Definition) -> list[ast.stmt]:
@@ -176,7 +178,7 @@ def kind_of(found: Definition) -> Kind:
 def _facts(target: Target, found: Definition, source: Source) -> Iterator[Mismatch]:
     kind = kind_of(found)
     if kind != target.kind:
-        yield f"a {target.kind}", f"a {kind} ({found.path}:{found.node.lineno})"
+        yield _A[target.kind], f"{_A[kind]} ({found.path}:{found.node.lineno})"
     elif isinstance(found.node, Function):
         for fact in (_binding, _asyncness, _signature, _keywords, _calls, _names, _returns):
             yield from fact(target, found.node)
@@ -394,4 +396,3 @@ def _literal(target: Target, node: ast.Assign | ast.AnnAssign) -> Iterator[Misma
 
 def _listed(names: set[str] | tuple[str, ...]) -> str:
     return ", ".join(sorted(names))
-

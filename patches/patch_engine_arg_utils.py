@@ -12,7 +12,7 @@ from typing import Any
 
 from .registry import replace
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.scalellm")  # below "vllm": its handlers and its level
 
 
 def apply() -> None:

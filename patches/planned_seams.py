@@ -72,9 +72,7 @@ _REQUEST_FIELDS = (
 
 
 def _struct(name: str, fields: tuple[str, ...], vllm: str = "") -> Target:
-    return Target(
-        module=_ENGINE, qualname=name, kind="class", fields=fields, vllm=vllm
-    )
+    return Target(module=_ENGINE, qualname=name, kind="class", fields=fields, vllm=vllm)
 
 
 IPC = (

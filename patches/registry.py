@@ -18,18 +18,18 @@ from typing import Any, Literal
 
 from scalellm_plugins import compat
 from scalellm_plugins.errors import ContractError, UnsupportedVLLMError
-from scalellm_plugins.features import SUPPORTED_VLLM
 
 from . import contracts, live
 from .contracts import Target
 from .live import MARK
 from .planned_seams import PLANNED
-from .seams import READY, Seam
+from .seams import READY, Entry, Seam
 from .sources import Source
 
 __all__ = [
     "PATCHES",
     "SEAMS",
+    "Entry",
     "Outcome",
     "Patch",
     "Seam",
@@ -40,25 +40,20 @@ __all__ = [
     "undo",
 ]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.scalellm")  # below "vllm": its handlers and its level
 
 When = Literal["cli", "process", "api_server", "engine_core"]
 """While the command line is built; in every vLLM process; in API servers; in the engine's."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Patch:
+class Patch(Entry):
     """One change to vLLM at run time. `module` is its file here, with an idempotent `apply()`."""
 
-    name: str
-    feature: str
     module: str
-    targets: tuple[Target, ...]
-    why: str
     how: str
     when: When
     remove_when: str
-    vllm: str = SUPPORTED_VLLM
 
 
 PATCHES: tuple[Patch, ...] = (
@@ -93,7 +88,6 @@ PATCHES: tuple[Patch, ...] = (
     ),
 )
 
-
 SEAMS: tuple[Seam, ...] = (*READY, *PLANNED)
 
 
@@ -116,15 +110,15 @@ def patches_for(when: When) -> tuple[Patch, ...]:
     return tuple(patch for patch in PATCHES if patch.when == when)
 
 
-def check(entry: Patch | Seam, source: Source) -> list[str]:
-    """Return one line for each reason why the patch cannot be applied to (or the seam used in) it.
+def check(entry: Entry, source: Source) -> list[str]:
+    """Return one line for each reason why a patch or seam does not fit; empty when it does.
 
     A release outside the entry's range is the first reason; its targets are checked all the same,
     which is how the next release's breaks are found before the range is widened.
     """
     reasons = []
     if not contracts.matches(source.version, entry.vllm):
-        reasons.append(f"{entry.name}: written for vLLM {entry.vllm}, this is {source.version}")
+        reasons.append(f"written for vLLM {entry.vllm}, this is {source.version}")
     for target in entry.targets:
         reasons += contracts.check(target, source)
     return reasons

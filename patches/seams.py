@@ -15,14 +15,23 @@ from .contracts import Target
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seam:
-    """Something of vLLM's that a feature uses as it is; outside `vllm` the feature lacks it."""
+class Entry:
+    """What patches and seams share: whose they are, what must hold upstream, and where.
+
+    `feature` is a name of `features.FEATURES`, or "core" for what every feature needs. Outside
+    the range `vllm` the feature cannot be on.
+    """
 
     name: str
     feature: str
     targets: tuple[Target, ...]
     why: str
     vllm: str = SUPPORTED_VLLM
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seam(Entry):
+    """Something of vLLM's that a feature uses as it is."""
 
 
 _PLUGINS = "vllm.plugins"

@@ -87,7 +87,12 @@ class Source(ABC):
             except (SyntaxError, ValueError) as error:
                 raise SourceError(f"{path} cannot be parsed by this Python: {error}") from error
             package = name if path.endswith("/__init__.py") else name.rpartition(".")[0]
-            names = dict(bindings(tree.body))
+            bound = list(bindings(tree.body))
+            # What is defined here wins over what is imported: `try: from fast import f` with
+            # `f = None` for a machine without it must not lead out of this source.
+            names: dict[str, Node | ast.alias]
+            names = {n: node for n, node in bound if isinstance(node, ast.alias)}
+            names |= {n: node for n, node in bound if not isinstance(node, ast.alias)}
             return Module(name, path, tree, names, _imports(tree.body, package))
         return None
 

@@ -88,7 +88,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _bench(argv: list[str]) -> int:
     from scalellm_plugins.benchmarks import compare
 
-    return int(compare.main(argv))
+    return compare.main(argv)
 
 
 if __name__ == "__main__":

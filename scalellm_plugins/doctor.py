@@ -22,7 +22,7 @@ from scalellm_plugins.errors import ConfigError, closest_first
 from scalellm_plugins.features import FEATURES, SUPPORTED_VLLM
 
 if TYPE_CHECKING:
-    from patches.sources import Source  # noqa: TID251 the folder's other name, see compat.py
+    from scalellm_plugins.patches.sources import Source
 
 CORE = "core"
 """The row for what every feature needs."""

@@ -6,6 +6,7 @@ the import of this file and the two command-line options.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from typing import Any
@@ -74,9 +75,9 @@ def _building_command_line() -> bool:
     There is no other sign: the same function is called for the same reason in a library's process
     (`vllm.LLM`), where nothing will be parsed. The name is part of the contract in the registry.
     """
-    frame = sys._getframe(1)
+    frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == "add_cli_args":
             return True
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False
