@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,11 +22,9 @@ LONG_PROMPT = [300 + i * 7 % 400 for i in range(3000)]
 
 
 def make_tokenizer(directory: Path) -> Path:
-    """A byte-level BPE of a thousand tokens, trained on the package's own sources."""
+    """A byte-level BPE of a thousand tokens, trained on made-up words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
-
-    import scalellm_plugins
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -36,8 +35,9 @@ def make_tokenizer(directory: Path) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    sources = sorted(Path(scalellm_plugins.__file__).parent.rglob("*.py"))
-    tokenizer.train([str(path) for path in sources], trainer)
+    rng = random.Random(0)
+    words = ["".join(rng.choices("aeinorst", k=rng.randint(2, 5))) for _ in range(2000)]
+    tokenizer.train_from_iterator([" ".join(rng.choices(words, k=20)) for _ in range(500)], trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )

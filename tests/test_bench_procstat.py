@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from scalellm_plugins.benchmarks import procstat
 from scalellm_plugins.benchmarks.server import die_with_parent
 
@@ -74,7 +75,8 @@ print("ready", flush=True); sys.stdin.readline()
 inner = ("import time; start = time.process_time()\\n"
          "while time.process_time() - start < 0.1: pass\\n"
          "print('done', flush=True); time.sleep(60)")
-child = subprocess.Popen([sys.executable, "-c", inner, "VLLM::EngineCore"], stdout=subprocess.PIPE)
+child = subprocess.Popen(["VLLM::EngineCore", "-c", inner], executable=sys.executable,
+                         stdout=subprocess.PIPE)
 child.stdout.readline()
 print("done", flush=True)
 sys.stdin.readline()
@@ -189,7 +191,7 @@ def _exists(pid: int) -> bool:
         ("VLLM::Worker_TP1", "engine"),
         ("VLLM::DPCoordinator", "engine"),
         ("VLLM::APIServer_1", "frontend"),
-        ("/usr/bin/python3 /venv/bin/vllm serve /models/EngineCores --port 1", "frontend"),
+        ("/usr/bin/python3 /venv/bin/vllm serve VLLM::EngineCore --port 1", "frontend"),
         ("/opt/vllm-rs serve --model x", "frontend"),
         ("", "frontend"),
     ],

