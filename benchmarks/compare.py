@@ -152,7 +152,8 @@ def _report(plan: Plan, samples: Sequence[report.Sample], command: str) -> list[
     if plan.plot:
         host = report.machine()
         title = f"{plan.preset} on a simulated {plan.gpu}" if plan.gpu else "no simulated GPU"
-        title += f" · {host['cores']} × {host['cpu']} · median of {plan.rounds} rounds"
+        rounds = f"median of {plan.rounds} rounds" if plan.rounds > 1 else "1 round"
+        title += f" · {host['cores']} × {host['cpu']} · {rounds}"
         try:
             draw(plan.plot, records, title)
             say(f"written: {plan.plot}")

@@ -79,6 +79,9 @@ def _row(axes: Sequence[Any], records: list[Record], systems: list[str], name: s
     streamed = records[0]["stream"]
     first.set_ylabel(f"{'TTFT' if streamed else 'E2E latency'}, ms: bar p50, whisker p99")
     first.set_yscale("log")
+    for which in (first.yaxis.set_major_formatter, first.yaxis.set_minor_formatter):
+        which("{x:g}")
+    first.tick_params(axis="y", which="both", labelsize=8)
     second.set_ylabel("ITL, ms: bar p50, whisker p99")
     if not streamed:
         second.set_visible(False)
@@ -92,7 +95,9 @@ def _speed_bar(axis: Any, record: Record, x: float, width: float, color: str, la
         axis.vlines(x, *spread, color="black", linewidth=1)
     fraction = record["ideal_fraction"]
     text = "failed" if not value else f"{fraction:.0%}" if fraction is not None else ""
-    axis.text(x, value, text, ha="center", va="bottom", fontsize=7)
+    # Inside the bar, where the line of the ideal does not cross it.
+    inside = {"va": "top", "color": "white"} if value else {"va": "bottom"}
+    axis.text(x, value * 0.985, text, ha="center", fontsize=7, **inside)
 
 
 def _cpu_bar(axis: Any, record: Record, x: float, width: float, color: str) -> None:

@@ -136,6 +136,7 @@ _COLUMNS = (
     ("p99", 7),
     ("ITL p50", 7),
     ("p99", 6),
+    ("tok/ev", 6),
     ("E2E p50", 7),
     ("p99", 7),
     ("frontend", 8),
@@ -152,7 +153,8 @@ def table(records: Sequence[Record], summaries: Mapping[str, str]) -> str:
     widths = [width, *(size for _, size in _COLUMNS[1:])]
     head = _line([name for name, _ in _COLUMNS], widths)
     lines = [
-        "times in ms; frontend, engine, client: CPU µs per output token; RSS: sum of the peaks"
+        "times in ms; frontend, engine, client: CPU µs per output token; RSS: sum of the peaks;",
+        "tok/ev: tokens per SSE event (above 1 a frontend that falls behind merges them)",
     ]
     order = sorted(records, key=lambda r: (r["workload"], not r["stream"], r["streams"]))
     for (workload, stream, streams), block in groupby(
@@ -183,6 +185,7 @@ def _cells(record: Record) -> list[str]:
         _number(None if fraction is None else fraction * 100, 1),
         *(_number(record[f"ttft_p{share}_ms"], 1) for share in (50, 99)),
         *(_number(record[f"itl_p{share}_ms"], 2) for share in (50, 99)),
+        _number(record["tokens_per_event"], 2),
         *(_number(record[f"e2e_p{share}_ms"], 0) for share in (50, 99)),
         *(_number(cpu[role], 1) for role in ROLES),
         _number(record["rss_peak_mb"], 0),

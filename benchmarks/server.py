@@ -22,7 +22,8 @@ from .systems import System, Target, command, environment
 
 _PR_SET_PDEATHSIG = 1
 _GRACE_S = 12.0  # for a server to end its engine by itself
-_EXCEPTION = re.compile(r"\b[A-Z]\w*(Error|Exception)\b: ")
+_EXCEPTION = re.compile(r"(^|[\])] )[\w.]*(Error|Exception): ")
+_NOISE = re.compile(r"nanobind|^ - (leaked|\.\.\.)")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -124,6 +125,7 @@ class Server:
     def log_tail(self, lines: int = 25) -> str:
         """Return the log's path, its first error and its last lines, indented."""
         text = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        text = [line for line in text if not _NOISE.search(line)]
         # The first exception is the cause; what comes last is the parent losing its children.
         first = next((line for line in text if _EXCEPTION.search(line)), "")
         shown = ([f"first error: {first}", "…"] if first else []) + text[-lines:]

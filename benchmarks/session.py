@@ -102,7 +102,7 @@ class Session:
     def measure(
         self, name: str, cell: Cell, generator: Generator, setting: Setting, seed: int
     ) -> Sample:
-        """Measure one cell on one system and keep the sample, which is empty where it fails."""
+        """Measure one cell on one system and keep the sample, which holds no values if it fails."""
         sample: Sample = {
             "system": name,
             "workload": cell.workload.name,
@@ -110,35 +110,37 @@ class Session:
             "streams": cell.streams,
             "failed": 0,
         }
+        try:
+            sample |= self._measure(name, cell, generator, setting, seed)
+        except (LoadError, ServerError) as error:
+            # Every stream's request counts as failed.
+            sample |= {"failed": cell.streams, "error": str(error)}
         self.samples.append(sample)
+        return sample
+
+    def _measure(
+        self, name: str, cell: Cell, generator: Generator, setting: Setting, seed: int
+    ) -> dict[str, Any]:
+        self._check(name)
+        server = self.servers[name]
+        idle = [pid for other, pids in self._pids.items() if other != name for pid in pids]
+        gauge = _Gauge(server, idle)
+        result = generator.run(server, cell, setting, seed, gauge.begin, gauge.end)
+        self._check(name)
+        return result | gauge.read(result)
+
+    def _check(self, name: str) -> None:
+        """Raise ServerError if the server is not there any more, or never was."""
         server = self.servers[name]
         if name not in self.broken and not server.alive():
             self._break(name, f"{name} has ended.\n{server.log_tail()}")
         if name in self.broken:
-            return _failed(sample, cell, self.broken[name])
-        gauge = _Gauge(
-            server, [pid for key in self._pids if key != name for pid in self._pids[key]]
-        )
-        try:
-            result = generator.run(server, cell, setting, seed, gauge.begin, gauge.end)
-        except LoadError as error:
-            return _failed(sample, cell, str(error))
-        sample |= result | gauge.read(result)
-        if not server.alive():
-            self._break(name, f"{name} ended in {cell}.\n{server.log_tail()}")
-            sample["error"] = self.broken[name]
-        return sample
+            raise ServerError(self.broken[name])
 
     def _break(self, name: str, reason: str) -> None:
         self.broken[name] = reason
         self._pids.pop(name, None)
         say(f"FAILED {reason}")
-
-
-def _failed(sample: Sample, cell: Cell, reason: str) -> Sample:
-    """A cell that could not be measured: every stream's request counts as failed."""
-    sample |= {"failed": cell.streams, "error": reason}
-    return sample
 
 
 class _Gauge:

@@ -86,10 +86,8 @@ class EmptyEngine:
     def __init__(self, executor: SimulatedExecutor, sequences: int) -> None:
         self.ids = [f"request-{i}" for i in range(sequences)]
         self.outputs = 0
-        requests = executor.requests
         for id_ in self.ids:
-            requests._prompt_lengths[id_] = PROMPT
-            requests._seeds[id_] = len(requests)
+            executor.requests.add(id_, PROMPT, None)
         self._ones = dict.fromkeys(self.ids, 1)
 
     def schedule(self) -> Any:
@@ -132,8 +130,8 @@ def measure(executor: SimulatedExecutor, sequences: int, steps: int) -> Result:
             oldest, deadline = queue.popleft()
             started = cpu()
             oldest.result()
-            wait += cpu() - started
             arrivals.append(time.monotonic())
+            wait += cpu() - started
             deadlines.append(deadline)
         if number == warm_up:
             layout = wait = 0.0

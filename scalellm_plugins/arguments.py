@@ -27,8 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
     Defaults are suppressed: a namespace that names neither option looks exactly as without us
     (upstream compares namespaces attribute by attribute to log the non-default ones).
+
+    Raises:
+        argparse.ArgumentError: the parser has an option of that name which is not ours.
     """
-    if _PLUGINS in parser._option_string_actions:
+    if isinstance(parser._option_string_actions.get(_PLUGINS), _AddNames):
         return parser
     group = parser.add_argument_group("ScaleLLM plugins", _group_help())
     group.add_argument(

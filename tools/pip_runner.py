@@ -58,7 +58,8 @@ def cause(errors: str) -> tuple[str, str]:
     if NETWORK.search(errors):
         return (
             "the package index was not reachable, or the connection broke",
-            "check the network; behind a proxy set HTTPS_PROXY, with a mirror set PIP_INDEX_URL",
+            "check the network; behind a proxy set HTTPS_PROXY; with a mirror set PIP_INDEX_URL,\n"
+            "          and PIP_EXTRA_INDEX_URL for one that has torch's CPU build",
         )
     if "No space left on device" in errors:
         return "the disk is full", "free about 4 GB (`pip cache purge` helps), or use another VENV="
@@ -124,16 +125,14 @@ class Progress:
             self.say()
 
 
-def run(
-    command: list[str], progress: Progress | None = None, env: dict[str, str] | None = None
-) -> Result:
+def run(command: list[str], progress: Progress | None = None, show_errors: bool = True) -> Result:
     """Run pip. Without `progress` its own output, with the bars of big downloads, is shown."""
     stdout = subprocess.PIPE if progress else None
     process = subprocess.Popen(
-        command, stdout=stdout, stderr=subprocess.PIPE, text=True, errors="replace", env=env
+        command, stdout=stdout, stderr=subprocess.PIPE, text=True, errors="replace"
     )
     errors: list[str] = []
-    threads = [threading.Thread(target=_copy_errors, args=(process.stderr, errors))]
+    threads = [threading.Thread(target=_copy_errors, args=(process.stderr, errors, show_errors))]
     stop = threading.Event()
     if progress and progress.out.isatty():
         threads.append(threading.Thread(target=progress.tick, args=(stop,), daemon=True))
@@ -157,11 +156,11 @@ def run(
     return Result(process.returncode, "".join(errors))
 
 
-def _copy_errors(stream: IO[str] | None, errors: list[str]) -> None:
+def _copy_errors(stream: IO[str] | None, errors: list[str], show: bool) -> None:
     for line in stream or ():
         errors.append(line)
         # One such line per package where the index is a folder that does not have them all.
-        if "is ignored: it is neither a file nor a directory" not in line:
+        if show and "is ignored: it is neither a file nor a directory" not in line:
             sys.stderr.write(line)
 
 

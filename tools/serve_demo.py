@@ -74,30 +74,31 @@ def port_problem(host: str, port: int) -> str:
     """Why `port` cannot be served on and what to do, or an empty string."""
     if not 1 <= port <= 65535:
         return f"PORT={port} is no port number; 1 to 65535 are: make serve PORT=8000"
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            return ""
-        except OSError as error:
-            reason = error
+    reason = bind_error(host, port)
+    if reason is None:
+        return ""
     if reason.errno == errno.EADDRINUSE:
+        following = (p for p in range(port + 1, 65536) if bind_error(host, p) is None)
         return (
             f"port {port} is in use by another program.\n"
-            f"Choose another one: make serve PORT={free_port(host, family)}"
+            f"Choose another one: make serve PORT={next(following, 8000)}"
         )
     if reason.errno == errno.EACCES:
         return f"port {port} is reserved for root; choose one from 1024 on: make serve PORT=8000"
     return f"cannot listen on {host}:{port}: {reason.strerror}"
 
 
-def free_port(host: str, family: int) -> int:
-    """A port that was free a moment ago."""
+def bind_error(host: str, port: int) -> OSError | None:
+    """What happens to a server that binds this address now."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+        # As servers do: a connection that is still closing does not occupy the port.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error
+    return None
 
 
 def healthy(host: str, port: int) -> bool:

@@ -279,10 +279,11 @@ def refuse(vllm_config: Any) -> None:
         "--pipeline-parallel-size": vllm_config.parallel_config.pipeline_parallel_size > 1,
         "--runner pooling": vllm_config.model_config is not None
         and vllm_config.model_config.runner_type == "pooling",
+        "--kv-cache-dtype": vllm_config.cache_config.cache_dtype not in ("auto", "bfloat16"),
     }
     for option, given in reasons.items():
         if given:
             raise ConfigError(
-                f"{option}: not simulated, since its effect depends on what a model computes. "
+                f"{option}: not simulated, so its effect on the timeline would be missing. "
                 f"Drop {option}, or leave scalellm.sim out of --plugins"
             )

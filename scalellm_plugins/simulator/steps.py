@@ -6,6 +6,7 @@ measured by `python -m scalellm_plugins.benchmarks.sim_clock`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import add
 from typing import Any
@@ -48,7 +49,12 @@ class Requests:
     def __len__(self) -> int:
         return len(self._prompt_lengths)
 
-    def finish(self, request_ids: Any) -> None:
+    def add(self, request_id: str, prompt_length: int, prompt: Sequence[int] | None) -> None:
+        """Remember a request; `prompt` is None where only its embeddings are known."""
+        self._prompt_lengths[request_id] = prompt_length
+        self._seeds[request_id] = seed_of(prompt) & MASK
+
+    def finish(self, request_ids: Iterable[str]) -> None:
         """Forget requests; ids that are unknown are fine."""
         for request_id in request_ids:
             self._prompt_lengths.pop(request_id, None)
@@ -94,8 +100,7 @@ class Requests:
         }
         for request in new:
             id_ = request.req_id
-            self._prompt_lengths[id_] = request.prompt_len
-            self._seeds[id_] = seed_of(request.prompt_token_ids)
+            self.add(id_, request.prompt_len, request.prompt_token_ids)
             computed[id_] = request.num_computed_tokens
             # A resumed request comes as a new one with its outputs behind the prompt. That list is
             # the scheduler's own and grows later; its length now is what is known of the request.
