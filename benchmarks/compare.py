@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .session import Session, outcome, say, turns
 from .systems import Target, vllm_executable
 from .workloads import WORKLOADS, words_of
 
+_CYCLES = 2  # that a window covers: prompts that take turns come in bunches
 _USAGE = "usage: scalellm bench compare [options]; see scalellm bench compare --help"
 
 
@@ -124,7 +126,8 @@ def _measure(plan: Plan, session: Session, setting: Setting, ideals: Ideals, com
         left = (time.monotonic() - started) / done * (len(order) - done) if done else None
         eta = f", {left / 60:.0f} min left" if left else ""
         seed = plan.seed + 1 + number * len(plan.cells) + plan.cells.index(cell)
-        sample = session.measure(name, cell, generator, setting, seed)
+        window = max(plan.seconds, _CYCLES * ideals.cycle_s(cell))
+        sample = session.measure(name, cell, generator, replace(setting, window_s=window), seed)
         ideal = ideals.output_tok_s(cell)
         sample |= {"round": number, "ideal_tok_s": ideal}
         if ideal and sample.get("output_tok_s") is not None:

@@ -57,7 +57,7 @@ class Setting:
     model_dir: Path
     words: Path
     template: Template
-    timeout_s: float = 120.0
+    timeout_s: float = 300.0
 
 
 class Generator(ABC):

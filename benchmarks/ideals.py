@@ -39,6 +39,11 @@ class Ideals:
         """
         return self._rate(cell.workload, cell.streams) if self._gpu else None
 
+    def cycle_s(self, cell: Cell) -> float:
+        """Seconds in which each stream would be answered once; 0 where no GPU is simulated."""
+        rate = self.output_tok_s(cell)
+        return cell.streams * cell.workload.output / rate if rate else 0.0
+
     def _output_tok_s(self, workload: Workload, streams: int) -> float:
         from scalellm_plugins.simulator.ideal import Batching, Request, run
         from scalellm_plugins.simulator.roofline import Roofline, gpu_preset, model_preset

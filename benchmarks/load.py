@@ -8,8 +8,10 @@ where there is one), HTTP/1.1 keep-alive, hand-made requests, one time stamp per
 A run has four parts. All streams connect and make a first, shortened request, which spreads them
 evenly over the cycle of a request (see `workloads.Prompts`). When every stream has been answered
 once, the window opens: the line `begin` goes to stdout, and `end` when it closes, so that the
-parent can read the server's CPU clocks at the same moments. Then no stream asks again and all
-finish what they began, so that every answer is checked. The last line is the result as JSON.
+parent can read the server's CPU clocks at the same moments. The load stays as it is until all that
+was asked before the end is answered: without it, the last requests would have the server more and
+more to themselves. Then no stream asks again, and what takes longer than `_DRAIN_S` to finish is
+dropped, unmeasured. The last line is the result as JSON.
 
 What counts:
 
@@ -42,6 +44,7 @@ from .workloads import Body, Prompts, Template, Texts, Workload
 
 _ATTEMPTS = 5  # failures in a row after which a stream gives up: the server is gone
 _BACKOFF_S = 0.2
+_DRAIN_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Spec:
     words: str
     seed: int
     warmup_s: float = 1.5
-    timeout_s: float = 120.0
+    timeout_s: float = 300.0
     path: str = "/v1/chat/completions"
 
     def to_json(self) -> str:
@@ -107,7 +110,11 @@ class Run:
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.open = False
+        self.closed = False
         self.stopping = False
+        self.over = False
+        self.outstanding = 0  # requests sent before the window closed, not answered yet
+        self.settled = asyncio.Event()
         self.gaps = array("d")
         self.requests: list[Request] = []
         self.failures: Counter[str] = Counter()
@@ -117,6 +124,12 @@ class Run:
             f"POST {spec.path} HTTP/1.1\r\nHost: {spec.host}:{spec.port}\r\n"
             "Content-Type: application/json\r\nContent-Length: "
         ).encode()
+
+    def ended(self, counted: bool) -> None:
+        """Note that a request has been answered or has failed."""
+        self.outstanding -= counted
+        if self.closed and not self.outstanding:
+            self.settled.set()
 
 
 class Stream(asyncio.Protocol):
@@ -128,6 +141,7 @@ class Stream(asyncio.Protocol):
         self._parser = ResponseParser()
         self._transport: asyncio.Transport | None = None
         self._busy = False
+        self._counted = False
         self._failures = 0
         self.answered = asyncio.Event()
         self.finished = asyncio.Event()
@@ -149,7 +163,10 @@ class Stream(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio's: the connection stands."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is not a subclass
-        self._send(b"")
+        if self._run.stopping:
+            self.close()
+        else:
+            self._send(b"")
 
     def data_received(self, data: bytes) -> None:
         """asyncio's: the hot path, once per read."""
@@ -178,7 +195,7 @@ class Stream(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio's: the connection is gone, whoever closed it."""
         self._transport = None
-        if self._busy:
+        if self._busy and not self._run.over:
             self._failed(f"connection lost: {type(exc).__name__ if exc else 'closed by server'}")
 
     def check_timeout(self, now: float) -> None:
@@ -192,6 +209,8 @@ class Stream(asyncio.Protocol):
         self._first = self._last = 0.0
         self._in_window = 0
         self._busy = True
+        self._counted = not self._run.closed
+        self._run.outstanding += self._counted
         assert self._transport is not None
         self._start = time.perf_counter()
         self._transport.write(b"%b%d\r\n\r\n%b" % (self._run.head, len(body), body))
@@ -213,11 +232,12 @@ class Stream(asyncio.Protocol):
             Request(self._start, self._first, now, wanted, parser.events, self._in_window)
         )
         self.answered.set()
+        run.ended(self._counted)
         self._go_on(b"".join(parser.text))
 
     def _go_on(self, reply: bytes) -> None:
         if self._run.stopping:
-            self._close()
+            self.close()
         elif self._transport is None or self._parser.must_close:
             self._drop()
             asyncio.get_running_loop().create_task(self.connect())
@@ -225,12 +245,13 @@ class Stream(asyncio.Protocol):
             self._send(reply)
 
     def _failed(self, reason: str) -> None:
-        self._busy = False
         self._run.failures[reason] += 1
+        self._run.ended(self._busy and self._counted)
+        self._busy = False
         self._failures += 1
         self._drop()
         if self._run.stopping or self._failures >= _ATTEMPTS:
-            self._close()
+            self.close()
         else:
             loop = asyncio.get_running_loop()
             loop.call_later(_BACKOFF_S, lambda: loop.create_task(self.connect()))
@@ -240,7 +261,8 @@ class Stream(asyncio.Protocol):
             transport, self._transport = self._transport, None
             transport.abort()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Be done, whatever is still going on."""
         self._drop()
         self.answered.set()
         self.finished.set()
@@ -268,7 +290,14 @@ async def drive(spec: Spec, announce: bool = True) -> dict[str, Any]:
     await asyncio.wait([gone], timeout=spec.window_s)
     run.open, closed, cpu = False, time.perf_counter(), time.process_time() - cpu
     _say("end", announce)
+    run.closed = True
+    if run.outstanding:
+        await run.settled.wait()
     run.stopping = True
+    await asyncio.wait([gone], timeout=_DRAIN_S)
+    run.over = True
+    for stream in streams:
+        stream.close()
     await gone
     watch.cancel()
     return _result(run, opened, closed, cpu)

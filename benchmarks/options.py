@@ -17,6 +17,8 @@ from .generators import Cell
 from .systems import BUILT_IN, System, choose
 from .workloads import WORKLOADS, workload_named
 
+_USUAL = {"streams": "16,64,256", "rounds": 3, "seconds": 8.0, "stream_modes": "stream,nonstream"}
+_QUICK = {"streams": "16,64", "rounds": 1, "seconds": 4.0, "stream_modes": "stream"}
 _Number = TypeVar("_Number", int, float)
 
 _DESCRIPTION = """\
@@ -32,7 +34,7 @@ workloads (all are sent as text to /v1/chat/completions, every prompt its own):
 {workloads}
 examples:
   scalellm bench compare --quick
-      two minutes: a first impression, and whether everything starts
+      three minutes: a first impression, and whether everything starts
   scalellm bench compare --vllm-rs ~/bin/vllm-rs --output results.json
       the default comparison with vLLM's Rust frontend in it; also draws results.png
   scalellm bench compare --systems vllm,scalellm \\
@@ -42,9 +44,10 @@ examples:
   scalellm bench compare --gpu none --model-dir examples/demo_model --systems vllm
       a real model on the device that is here, without a simulated GPU
 
-how long: a measurement takes --seconds and about 3 s more (with the long prompts and many streams
-up to a minute: the first answers have to come), a server's start 15-40 s. The default, 4 systems ×
-3 stream counts × 2 modes × 3 rounds, takes about 15 minutes.
+how long: a measurement takes --seconds and 3-5 s more, a server's start 15-40 s. The default, 4
+systems × 3 stream counts × 2 modes × 3 rounds, takes about 18 minutes. Where --seconds does not
+cover every stream's request twice, the window is longer: with the long prompts a measurement at 64
+streams takes a minute, at 256 four.
 
 a quiet machine: server and load generator share the cores. What others use is measured, shown, and
 in the JSON file as `other_cores`.
@@ -84,11 +87,9 @@ def parse(argv: Sequence[str]) -> Plan:
         SystemExit: after --help, or when argparse refuses.
     """
     args = _parser().parse_args(argv)
-    if args.quick:
-        quick = {"streams": "16,64", "rounds": 1, "seconds": 4.0, "stream_modes": "stream"}
-        for name, value in quick.items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
+    for name, value in (_QUICK if args.quick else _USUAL).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     gpu, preset = _simulated(args)
     vllm_rs = _vllm_rs(args.vllm_rs)
     chosen = choose(_names(args.systems), args.system)
@@ -101,8 +102,8 @@ def parse(argv: Sequence[str]) -> Plan:
         systems=tuple(system for system in chosen if system.name not in skipped),
         skipped=skipped,
         cells=_cells(args),
-        rounds=_at_least("--rounds", args.rounds or 3, 1),
-        seconds=_at_least("--seconds", args.seconds or 8.0, 0.5),
+        rounds=_at_least("--rounds", args.rounds, 1),
+        seconds=_at_least("--seconds", args.seconds, 0.5),
         gpu=gpu,
         preset=preset,
         tokenizer=args.tokenizer,
@@ -162,7 +163,12 @@ def _add_on_what(group: argparse._ArgumentGroup) -> None:
 def _add_how(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--rounds", type=int, metavar="N", help="default: 3")
-    add("--seconds", type=float, metavar="S", help="measured window of each cell (default: 8)")
+    add(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="measured window of each cell, at least (default: 8)",
+    )
     add("--quick", action="store_true", help="16 and 64 streams, 1 round of 4 s, streaming only")
     add(
         "--load-generator",
@@ -176,7 +182,7 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
     add("--plot", metavar="FILE.png", type=Path, help="where the picture goes")
     add("--logs", metavar="DIR", type=Path, help="keep the servers' logs here")
     add("--start-timeout", type=float, metavar="S", default=240.0, help="default: %(default)g")
-    add("--request-timeout", type=float, metavar="S", default=120.0, help="default: %(default)g")
+    add("--request-timeout", type=float, metavar="S", default=300.0, help="default: %(default)g")
     add("--seed", type=int, metavar="N", default=0, help="of the prompts (default: %(default)s)")
 
 
@@ -187,12 +193,12 @@ def _names(text: str) -> list[str]:
 def _cells(args: argparse.Namespace) -> tuple[Cell, ...]:
     workloads = [workload_named(name) for name in _names(args.workloads)]
     modes = []
-    for name in _names(args.stream_modes or "stream,nonstream"):
+    for name in _names(args.stream_modes):
         if name not in ("stream", "nonstream"):
             raise ConfigError(f"--stream-modes: {name!r} is unknown. Valid: stream, nonstream")
         modes.append(name == "stream")
     streams = []
-    for text in _names(args.streams or "16,64,256"):
+    for text in _names(args.streams):
         if not text.isdigit() or not 1 <= int(text) <= 65536:
             raise ConfigError(
                 f"--streams: {text!r} is not a number of concurrent users (1-65536). "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 SUM_LIMIT = 30  # largest operand of additions and subtractions
-COMPARE_LIMIT = 99  # largest number in comparisons and in "what comes after ...?"
+COMPARE_LIMIT = 30  # largest number in comparisons
+NEXT_LIMIT = 99  # largest number in "what comes after ...?"
 
 
 def _table(text: str) -> dict[str, str]:
@@ -43,8 +44,11 @@ CAPITALS = _table(
     "Nepal:Kathmandu, Iran:Tehran, Iraq:Baghdad, Egypt:Cairo, Morocco:Rabat, Kenya:Nairobi, "
     "Ghana:Accra, Nigeria:Abuja, Canada:Ottawa, Mexico:Mexico City, Cuba:Havana, Peru:Lima, "
     "Brazil:Brasilia, Argentina:Buenos Aires, Chile:Santiago, Colombia:Bogota, "
-    "Australia:Canberra, New Zealand:Wellington, the United States:Washington"
+    "Australia:Canberra, New Zealand:Wellington, the United States:Washington, "
+    "the Netherlands:Amsterdam, the Czech Republic:Prague"
 )
+# Only asked for by country: the capital already leads to another name of it.
+OTHER_NAMES = _table("the USA:Washington, the United Kingdom:London, Great Britain:London")
 _PAIRS = _table(
     "hot:cold, big:small, tall:short, fast:slow, happy:sad, light:dark, old:young, good:bad, "
     "hard:soft, high:low, wet:dry, open:closed, full:empty, rich:poor, strong:weak, early:late, "
@@ -76,7 +80,10 @@ COLOURS = _table(
     "coffee:brown, an elephant:grey, a mouse:grey, a flamingo:pink, a pig:pink, a plum:purple, "
     "lavender:purple"
 )
-SPELLING_WORDS = sorted({w for w in (*PLURALS, *OPPOSITES, *COLOURS.values()) if len(w) > 2})
+_THINGS = [thing.split()[-1] for thing in COLOURS]
+SPELLING_WORDS = sorted(
+    {w for w in (*PLURALS, *OPPOSITES, *COLOURS.values(), *_THINGS) if len(w) > 2}
+)
 NAMES = _list(
     "Anna, Ben, Clara, David, Emma, Felix, Greta, Hugo, Ida, Jonas, Kim, Laura, Max, Nina, Oscar, "
     "Paul, Rosa, Sam, Tom, Uma, Vera, Will, Zoe, Alice, Bob, Carol, Dan, Eve, Frank, Grace, John, "
@@ -183,7 +190,7 @@ TEMPLATES: dict[str, list[str]] = {
         "{word}?|The opposite of {word}?|Tell me the opposite of {word}.|Name the opposite of "
         "{word}.|Give me the opposite of {word}.|What is the contrary of {word}?|Which word is "
         "the opposite of {word}?|What word means the opposite of {word}?|Do you know the opposite "
-        "of {word}?|Can you tell me the opposite of {word}?|{word} is the opposite of what?",
+        "of {word}?|Can you tell me the opposite of {word}?",
         "plurals": "What is the plural of {word}?|What's the plural of {word}?|Plural of {word}?|"
         "The plural of {word}?|Tell me the plural of {word}.|Give me the plural of {word}.|One "
         "{word}, two what?|What is the plural form of {word}?|How do you write the plural of "
@@ -226,7 +233,11 @@ TEMPLATES: dict[str, list[str]] = {
         "buy {topic}?|When did {topic} begin?|What is the best book about {topic}?|Can you help me "
         "with {topic}?|I want to talk about {topic}.|Show me a picture of {topic}.|Sing a song "
         "about {topic}.|Book a flight to {place}.|Can I travel to {place} with {name}?|Who wrote "
-        "{topic}?|I like {topic}.|Should I learn {topic} or {other}?",
+        "{topic}?|I like {topic}.|Should I learn {topic} or {other}?|"
+        "What day is it today?|What day is today?|What is the date of today?|How many legs does "
+        "{name} have?|What is {a} + {b} + {a}?|{a} + {b} + {b}|Write a letter to {name}.|How are "
+        "{topic} and {other} related?|Who is the president of {place}?|Do you speak German?|Do you "
+        "know {name}?",
     }.items()
 }
 

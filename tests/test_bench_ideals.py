@@ -52,5 +52,12 @@ def test_limits_of_the_servers_count() -> None:
         assert limited < free / 2
 
 
+def test_cycle() -> None:
+    cell = Cell(WORKLOADS["short"], True, 16)
+    ideals = Ideals("h200", "8b")
+    assert ideals.cycle_s(cell) == pytest.approx(16 * 128 / (ideals.output_tok_s(cell) or 0))
+
+
 def test_no_gpu_no_ideal() -> None:
+    assert Ideals(None, None).cycle_s(Cell(WORKLOADS["short"], True, 1)) == 0
     assert Ideals(None, None).output_tok_s(Cell(WORKLOADS["short"], True, 1)) is None

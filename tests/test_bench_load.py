@@ -225,3 +225,17 @@ def test_percentiles() -> None:
     assert percentile([3.0], 0.99) == 3.0
     assert percentile([1.0, 2.0, 3.0, 4.0], 0.5) == 2.5
     assert percentile(list(range(101)), 0.99) == 99
+
+
+async def test_the_load_stays_until_the_window_is_answered(spec: Spec) -> None:
+    async def slow(body: dict, writer: asyncio.StreamWriter, number: int) -> None:
+        # Longer than the window; streams take turns, so somebody is always in the middle.
+        await asyncio.sleep(0.2 + 0.05 * (number % 3))
+        await good(body, writer, number)
+
+    async with serving(slow) as port:
+        result = await drive(replace(spec, port=port, window_s=0.1), announce=False)
+    assert result["failed"] == 0
+    # The shortened ones, those in the window, and those that kept up the load.
+    assert result["requests"] >= 3 * 2
+    assert result["e2e_p50_ms"] is None or result["e2e_p50_ms"] >= 200
