@@ -42,18 +42,23 @@ __all__ = [
 
 logger = logging.getLogger("vllm.scalellm")  # below "vllm": its handlers and its level
 
-When = Literal["cli", "process", "api_server", "engine_core"]
-"""While the command line is built; in every vLLM process; in API servers; in the engine's."""
+When = Literal["cli", "process"]
+"""While the command line is built; in every vLLM process, once it loads its plugins."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Patch(Entry):
-    """One change to vLLM at run time. `module` is its file here, with an idempotent `apply()`."""
+    """One change to vLLM at run time. `module` is its file here, with an idempotent `apply()`.
+
+    `composes`: the patch only adds around what it wraps, so that another plugin's wrapper of the
+    same target may lie below it; otherwise such a target is a broken contract.
+    """
 
     module: str
     how: str
     when: When
     remove_when: str
+    composes: bool = False
 
 
 PATCHES: tuple[Patch, ...] = (
@@ -83,6 +88,7 @@ PATCHES: tuple[Patch, ...] = (
         why="vLLM has no way for a general plugin to add options, and dies on unknown ones",
         how="EngineArgs.add_cli_args calls the original, then adds --plugins and --scalellm",
         when="cli",
+        composes=True,
         remove_when="vLLM lets general plugins add options (today only platforms can, through "
         "Platform.pre_register_and_update)",
     ),
@@ -182,7 +188,7 @@ def _obstacles(patch: Patch) -> list[str]:
     except UnsupportedVLLMError as error:
         return [str(error)]
     reasons = check(patch, source)
-    if not reasons:
+    if not reasons and not patch.composes:
         for target in patch.targets:
             if contracts.matches(source.version, target.vllm):
                 reasons += live.check(target, source)

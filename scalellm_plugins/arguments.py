@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     _act_after_parsing(parser)
     mend_bare_switches(sys.argv)
+    refuse_lost_switches(parser, sys.argv)
     return parser
 
 
@@ -121,12 +122,23 @@ def _act_after_parsing(parser: argparse.ArgumentParser) -> None:
         options = getattr(parsed, "scalellm", None)
         if names is not None or options is not None or activation.is_due():
             try:
-                activation.from_command_line(names or [], options or {}, parsed)
+                activation.from_command_line(
+                    names or [], options or {}, parsed, _command(parser.prog)
+                )
             except ScaleLLMError as error:
                 parser.error(str(error))
         return parsed, rest
 
     parser.parse_known_args = parse_known_args  # type: ignore[method-assign, assignment]
+
+
+def _command(program: str) -> str:
+    """vLLM's command in a parser's `prog`: "vllm bench throughput" → "bench throughput".
+
+    Empty for a module that is run by itself, whose parser is the whole command line.
+    """
+    words = program.split()[1:]
+    return " ".join(words[2:] if words[:1] == ["-m"] else words)
 
 
 def gather_names(
@@ -164,13 +176,73 @@ def mend_bare_switches(argv: list[str]) -> None:
     """Append `=on` to switches without a value (`--scalellm.strict`), in place.
 
     vLLM takes the token after a dotted option as its value whatever it is, so that a bare switch
-    would swallow the next option, or raise IndexError at the end of the line. It does so before
-    our parser is asked; the command line itself is the only place to mend it.
+    would swallow the next option or the model, or raise IndexError at the end of the line. It does
+    so before our parser is asked; the command line itself is the only place to mend it.
     """
     switches = config.switches()
     for position, token in enumerate(argv):
-        if not token.startswith(_OPTIONS + ".") or "=" in token:
+        path = token.removeprefix("--").replace("-", "_")
+        if not token.startswith(_OPTIONS + ".") or path not in switches:
             continue
         following = argv[position + 1] if position + 1 < len(argv) else "-"
-        if token.removeprefix("--").replace("-", "_") in switches and following.startswith("-"):
+        # A section (scalellm.ipc) may be followed by a value that is wrong, and deserves an error.
+        pure = path.endswith((".strict", ".enabled")) and not config.is_switch(following)
+        if pure or following.startswith("-"):
             argv[position] = f"{token}=on"
+
+
+def refuse_lost_switches(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Refuse booleans of ours at the top level of vLLM's `--config` YAML.
+
+    Of `scalellm: off` and `scalellm.ipc: off` vLLM keeps nothing, and of `scalellm.strict: on` an
+    option without a value; neither reaches us in a shape that says what was meant.
+    """
+    position = argv.index("--config") + 1 if "--config" in argv else len(argv)
+    try:
+        with open(argv[position]) as file:
+            import yaml
+
+            options = yaml.safe_load(file)
+    except Exception:  # no such file, no YAML: vLLM says so itself
+        return
+    for key, value in options.items() if isinstance(options, dict) else ():
+        path, _, rest = str(key).partition(".")
+        if path == config.ROOT and isinstance(value, bool):
+            text = "on" if value else "off"
+            remedy = f"scalellm: {{{rest.replace('.', ': {')}: {text}" + "}" * (rest.count(".") + 1)
+            parser.error(
+                f"{key}: {text} in {argv[position]}: vLLM drops switches at the top level of its "
+                f"YAML. Write `{remedy if rest else f'scalellm: {chr(34)}{text}{chr(34)}'}`."
+            )
+
+
+def withdraw(argv: list[str], reason: str) -> None:
+    """Take our options off a command line that cannot know them, in place, and say why.
+
+    So that the server serves without us rather than dying of an unknown option.
+
+    Raises:
+        SystemExit: the line says `--scalellm.strict`.
+    """
+    kept: list[str] = []
+    ours: list[str] = []
+    tokens = gather_names(argv, known_names(), argv)
+    position = 0
+    while position < len(tokens):
+        token = tokens[position]
+        name = token.partition("=")[0].partition(".")[0]
+        takes = 1
+        if name in (_PLUGINS, _OPTIONS):
+            following = tokens[position + 1 : position + 2]
+            takes += "=" not in token and bool(following) and not following[0].startswith("-")
+            ours += tokens[position : position + takes]
+        else:
+            kept.append(token)
+        position += takes
+    if not ours:
+        return
+    text = f"ScaleLLM plugins are off ({' '.join(ours)} has no effect): {reason}"
+    if any(token.startswith("--scalellm.strict") for token in ours):
+        raise SystemExit(f"scalellm.strict: {text}")
+    activation.announce(text)
+    argv[:] = kept

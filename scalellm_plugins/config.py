@@ -138,7 +138,9 @@ def _struct(kind: type[_S], raw: Any, path: str) -> _S:
     for key, value in raw.items():
         name = str(key).replace("-", "_")
         if name not in fields:
-            raise ConfigError(f"{path}.{key}: unknown option. {_valid(kind, name, path)}")
+            raise ConfigError(
+                f"{path}.{key}: unknown option (given {value!r}). {_valid(kind, name, path)}"
+            )
         values[name] = _value(fields[name], value, f"{path}.{name}")
     return kind(**values)
 
@@ -180,6 +182,11 @@ def _as_bool(value: Any) -> bool | None:
         lowered = value.lower()
         return True if lowered in _TRUE else False if lowered in _FALSE else None
     return None
+
+
+def is_switch(text: str) -> bool:
+    """Whether a text is one of the spellings of on and off."""
+    return _as_bool(text) is not None
 
 
 def _valid(kind: type[msgspec.Struct], near: str, path: str) -> str:
@@ -249,6 +256,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 _CONFIG = "SCALELLM_CONFIG"
 _STATE = "SCALELLM_STATE"
 _RESTARTED = "SCALELLM_RESTARTED"
+_RAY_PREFIXES = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
 
 
 def raw_from_env() -> dict[str, Any]:
@@ -284,14 +292,26 @@ def current() -> Config:
 
 
 def state_from_env() -> dict[str, Any] | None:
-    """What the first process decided (see activation.py), or None in the first process."""
+    """What the first process decided (see activation.py), or None in the first process.
+
+    A state that belongs to other names or options is somebody else's: a program that ran a vLLM in
+    its own process leaves one in the environment of whatever it starts next.
+    """
     text = os.environ.get(_STATE)
-    return json.loads(text) if text else None
+    state: dict[str, Any] = json.loads(text) if text else {}
+    return state if state and state.get("of") == _decided_from() else None
 
 
 def state_to_env(state: Mapping[str, Any]) -> None:
     """Export the decisions, so that every process of the server agrees on them."""
-    os.environ[_STATE] = json.dumps(state)
+    os.environ[_STATE] = json.dumps({**state, "of": _decided_from()})
+    # On its way to other machines, vLLM copies variables by their prefixes.
+    prefixes = os.environ.get(_RAY_PREFIXES, "").split(",")
+    os.environ[_RAY_PREFIXES] = ",".join(dict.fromkeys([*filter(None, prefixes), "SCALELLM_"]))
+
+
+def _decided_from() -> list[str]:
+    return [os.environ.get(name, "") for name in ("VLLM_PLUGINS", _CONFIG)]
 
 
 def mark_restarted() -> bool:
@@ -300,3 +320,8 @@ def mark_restarted() -> bool:
         return False
     os.environ[_RESTARTED] = "1"
     return True
+
+
+def clear_restarted() -> None:
+    """Forget the restart: it has done its work, and is none of the children's business."""
+    os.environ.pop(_RESTARTED, None)

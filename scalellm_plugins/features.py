@@ -28,7 +28,6 @@ class Feature:
     summary: str
     status: Status
     default: bool = True
-    patches: tuple[str, ...] = ()
 
 
 FEATURES: dict[str, Feature] = {

@@ -6,8 +6,10 @@ every process.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import entry_points
 
@@ -50,9 +52,12 @@ def known_names() -> set[str]:
 
 
 def environment_names() -> list[str] | None:
-    """The names in `VLLM_PLUGINS`; None if it is unset (vLLM then allows every plugin)."""
+    """The names in `VLLM_PLUGINS`; None if it is unset (vLLM then allows every plugin).
+
+    Spaces are stripped, which vLLM does not do: `keep_loadable` sees to it that ours are found.
+    """
     text = os.environ.get("VLLM_PLUGINS")
-    return None if text is None else text.split(",")
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
 def is_ours(name: str) -> bool:
@@ -92,20 +97,57 @@ def allowlist(named: Sequence[str]) -> tuple[list[str], list[str]]:
     before = environment_names()
     if before is not None:
         return list(dict.fromkeys(filter(None, [*before, *named]))), []
-    routes = discovered(ENDPOINT)
     silent = {name for name in discovered() - set(named) if is_ours(name) or name == OPTIONS_ONLY}
+    # Other groups than these two are filtered by the same name; there it has to stay.
+    elsewhere = {name for group in _GROUPS[2:] for name in discovered(group)}
+    routes = discovered(ENDPOINT) - elsewhere - set(named)
     allowed = discovered() - _OPT_IN - routes - silent
-    general_only = sorted((routes & discovered(GENERAL)) - set(named) - silent)
+    general_only = sorted((routes & discovered(GENERAL)) - silent)
     if general_only and not any(map(is_ours, named)):
         named = [*named, OPTIONS_ONLY]  # so that vLLM loads us, and we them
     return list(dict.fromkeys([*named, *sorted(allowed)])), general_only
 
 
-def load_general(names: set[str]) -> None:
-    """Load other packages' general plugins that `--plugins` named after vLLM loaded the rest."""
+_loaded: set[str] = set()
+"""General plugins that this process loaded in place of vLLM."""
+
+
+def load_general(names: Iterable[str]) -> None:
+    """Load other packages' general plugins that vLLM does not load here, each once per process."""
+    wanted = {name for name in names if not is_ours(name) and name != OPTIONS_ONLY} - _loaded
     for point in entry_points(group=GENERAL):
-        if point.name in names and not is_ours(point.name) and point.name != OPTIONS_ONLY:
+        if point.name in wanted:
+            _loaded.add(point.name)
             try:
                 point.load()()
             except Exception:  # as upstream: one broken plugin does not take the server down
                 logger.exception("Failed to load plugin %s", point.name)
+
+
+def is_vllm_command() -> bool:
+    """Whether this process is vLLM's own: `vllm …` or `python -m vllm.…`."""
+    program = os.path.basename(sys.argv[0]) if sys.argv else ""
+    words = sys.orig_argv
+    module = any(
+        flag == "-m" and name.startswith("vllm.") for flag, name in itertools.pairwise(words)
+    )
+    return program == "vllm" or module
+
+
+def keep_loadable(value: str) -> str:
+    """Return `VLLM_PLUGINS` such that vLLM loads us where the user expects it.
+
+    It matches names exactly, and says nothing of those that match nothing. So a name of ours that
+    is misspelt or has a space before it would be ignored in silence; with one name that loads us,
+    the others are checked. And on a command line that may hold our options they must exist, even
+    where the variable names only others.
+    """
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    loadable = {ALL, OPTIONS_ONLY, *(f"{ALL}.{feature}" for feature in FEATURES)}
+    mentioned = any(map(is_ours, names))
+    options = is_vllm_command() and any(
+        token.startswith(("--plugins", "--scalellm", "--config")) for token in sys.argv
+    )
+    if loadable & set(value.split(",")) or not (mentioned or options):
+        return value
+    return ",".join(names if loadable & set(names) else [*names, OPTIONS_ONLY])

@@ -21,11 +21,16 @@ def register() -> None:
     """
     from . import activation, names
 
-    if _building_command_line():
-        activation.apply_patches("core", when="cli")
-        return
-    for name in activation.general_only():
-        names.load_general({name})
+    if _building_command_line() and not activation.is_child():
+        from . import arguments
+
+        # What is asked for is known once the line is parsed, a moment later, unless our options
+        # cannot be added; then it is what the environment asks for.
+        reasons = activation.apply_patches("core", when="cli")
+        if not reasons:
+            return
+        arguments.withdraw(sys.argv, reasons[0])
+    names.load_general(activation.general_only())
     if names.asked_by_environment():
         activation.from_environment()
 
@@ -53,20 +58,13 @@ def keep_options() -> None:
     --plugins scalellm` would end in "unrecognized arguments". PyTorch calls the entry points of
     this group at the end of `import torch`, which vLLM imports before it looks for plugins, and
     which no variable of vLLM's filters. Here it only adds a name that makes the options exist
-    (`names.OPTIONS_ONLY`), and only on a command line of vLLM that may hold them.
+    (`names.OPTIONS_ONLY`), and only where they may be used: see `names.keep_loadable`.
     """
-    names = os.environ.get("VLLM_PLUGINS")
-    if names is None or "scalellm" in names or not _may_hold_options(sys.argv):
-        return
-    os.environ["VLLM_PLUGINS"] = f"{names},scalellm.cli".lstrip(",")
+    value = os.environ.get("VLLM_PLUGINS")
+    if value is not None:
+        from . import names
 
-
-def _may_hold_options(argv: list[str]) -> bool:
-    # `vllm …`, or `python -m vllm.…` (whose sys.argv[0] is not known yet at this time).
-    ours = os.path.basename(argv[0] if argv else "") == "vllm" or any(
-        token.startswith("vllm.") for token in sys.orig_argv[1:3]
-    )
-    return ours and any(token.startswith(("--plugins", "--scalellm", "--config")) for token in argv)
+        os.environ["VLLM_PLUGINS"] = names.keep_loadable(value)
 
 
 def _building_command_line() -> bool:

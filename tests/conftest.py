@@ -33,7 +33,13 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 ROOT = Path(__file__).parents[1]
 DEMO_MODEL = ROOT / "examples" / "demo_model"
-OUR_VARIABLES = ("VLLM_PLUGINS", "SCALELLM_CONFIG", "SCALELLM_STATE", "SCALELLM_RESTARTED")
+OUR_VARIABLES = (
+    "VLLM_PLUGINS",
+    "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY",
+    "SCALELLM_CONFIG",
+    "SCALELLM_STATE",
+    "SCALELLM_RESTARTED",
+)
 STARTUP_LIMIT_S = 300.0
 """A start takes 20-40 s on two idle cores; a machine under load may take several times that."""
 

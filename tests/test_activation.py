@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from importlib.metadata import EntryPoint, EntryPoints
+from types import ModuleType
 
 import pytest
 
-from scalellm_plugins import activation, config, names, plugin
+from scalellm_plugins import activation, arguments, config, decision, names, plugin
 from scalellm_plugins.errors import ConfigError, ContractError, UnknownPluginError
 from scalellm_plugins.features import FEATURES
 
@@ -20,12 +22,13 @@ def environment(
     clean_environment: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
 ) -> pytest.MonkeyPatch:
     """No contract is broken and no patch is applied: those have tests of their own."""
-    monkeypatch.setattr(activation, "contract_reasons", lambda name: HOLDS.get(name, []))
-    monkeypatch.setattr(activation, "apply_patches", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr(decision, "contract_reasons", lambda name: HOLDS.get(name, []))
+    monkeypatch.setattr(activation, "apply_patches", lambda *_args, **_kwargs: [])
+    monkeypatch.setattr(names, "_loaded", set())
     return clean_environment
 
 
-def on(states: tuple[activation.FeatureState, ...]) -> set[str]:
+def on(states: tuple[decision.FeatureState, ...]) -> set[str]:
     return {state.name for state in states if state.on}
 
 
@@ -37,12 +40,12 @@ def run(line: list[str], options: dict[str, object] | None = None) -> argparse.N
 
 def test_everything_safe_is_everything_built_but_the_simulator() -> None:
     expected = {f.name for f in FEATURES.values() if f.default and f.status != "planned"}
-    assert on(activation.decide(["scalellm"], config.Config())) == expected
+    assert on(decision.decide(["scalellm"], config.Config())) == expected
     assert "sim" not in expected
 
 
 def test_a_feature_is_picked_by_name() -> None:
-    assert on(activation.decide(["scalellm.status"], config.Config())) == {"status"}
+    assert on(decision.decide(["scalellm.status"], config.Config())) == {"status"}
 
 
 @pytest.mark.parametrize(
@@ -58,14 +61,14 @@ def test_a_feature_is_picked_by_name() -> None:
 def test_a_switch_beats_a_name(
     picked: list[str], options: dict[str, object], expected: set[str]
 ) -> None:
-    assert on(activation.decide(picked, config.parse(options))) == expected
+    assert on(decision.decide(picked, config.parse(options))) == expected
 
 
 def test_a_broken_contract_turns_its_feature_off_and_says_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(HOLDS, "status", ["module X is gone"])
-    states = {state.name: state for state in activation.decide(["scalellm"], config.Config())}
+    states = {state.name: state for state in decision.decide(["scalellm"], config.Config())}
     assert not states["status"].on
     assert "module X is gone" in states["status"].why
     assert states["frontend"].on
@@ -73,12 +76,12 @@ def test_a_broken_contract_turns_its_feature_off_and_says_why(
 
 def test_strict_refuses_instead(monkeypatch: pytest.MonkeyPatch) -> None:
     strict = config.parse({"strict": "on"})
-    activation.decide(["scalellm"], strict)  # planned features that nobody named do not count
+    decision.decide(["scalellm"], strict)  # planned features that nobody named do not count
     with pytest.raises(ContractError, match="ipc: planned"):
-        activation.decide(["scalellm", "scalellm.ipc"], strict)
+        decision.decide(["scalellm", "scalellm.ipc"], strict)
     monkeypatch.setitem(HOLDS, "status", ["module X is gone"])
     with pytest.raises(ContractError, match="module X is gone"):
-        activation.decide(["scalellm"], strict)
+        decision.decide(["scalellm"], strict)
 
 
 def test_the_decision_travels_and_is_not_taken_twice() -> None:
@@ -195,6 +198,10 @@ def test_the_simulated_platform_waits_to_be_asked(
         ("foo", ["/x/train.py", "--plugins", "scalellm"], "foo"),
         ("foo,scalellm", ["vllm", "serve", "M", "--plugins", "scalellm"], "foo,scalellm"),
         ("", ["vllm", "serve", "M", "--scalellm.ipc", "off"], "scalellm.cli"),
+        # vLLM strips no spaces, and says nothing of names that match nothing.
+        ("foo, scalellm", ["/x/train.py"], "foo,scalellm"),
+        ("scalellm.icp", ["/x/train.py"], "scalellm.icp,scalellm.cli"),
+        ("my_scalellm_fork", ["/x/vllm", "--plugins", "x"], "my_scalellm_fork,scalellm.cli"),
     ],
 )
 def test_options_stay_alive_under_a_foreign_allowlist(
@@ -208,6 +215,124 @@ def test_options_stay_alive_under_a_foreign_allowlist(
 
 
 def test_the_table_is_short_and_says_why() -> None:
-    text = activation.table(activation.decide(["scalellm.ipc"], config.Config()))
+    text = decision.table(decision.decide(["scalellm.ipc"], config.Config()))
     assert len(text.splitlines()) == len(FEATURES) + 2
     assert "planned: not in version" in text
+
+
+def test_a_module_of_vllm_is_a_command_of_vllm(environment: pytest.MonkeyPatch) -> None:
+    environment.setattr("sys.argv", ["-m", "M", "--plugins", "scalellm"])
+    environment.setattr(
+        "sys.orig_argv", ["python", "-u", "-m", "vllm.entrypoints.openai.api_server"]
+    )
+    assert names.is_vllm_command()
+    environment.setattr("sys.orig_argv", ["python", "-m", "pytest"])
+    assert not names.is_vllm_command()
+
+
+def test_a_decision_of_another_server_is_not_ours(environment: pytest.MonkeyPatch) -> None:
+    """A program that ran vLLM in its own process leaves its decision to whatever it starts."""
+    environment.setenv("VLLM_PLUGINS", "scalellm")
+    activation.from_environment()
+    assert activation.states()
+    environment.setenv("SCALELLM_CONFIG", '{"status": "off"}')
+    assert activation.states() == ()
+    assert activation.is_due()
+    environment.delenv("VLLM_PLUGINS")
+    assert plugin.simulated_platform() is None
+
+
+def test_the_simulated_gpu_needs_a_name_of_ours(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("SCALELLM_CONFIG", '{"sim": "on"}')
+    assert plugin.simulated_platform() is None
+
+
+@pytest.mark.parametrize(
+    ("command", "attributes", "expected"),
+    [
+        ("serve", {}, {"status", "frontend"}),
+        ("", {}, {"status"}),
+        ("run-batch", {}, set()),
+        ("bench throughput", {}, set()),
+        ("serve", {"headless": True}, set()),
+        ("serve", {"data_parallel_multi_port_external_lb": True}, {"status"}),
+    ],
+)
+def test_features_of_the_http_side_need_one(
+    command: str, attributes: dict[str, object], expected: set[str]
+) -> None:
+    arguments = argparse.Namespace(api_server_count=None, **attributes)
+    options = {"frontend": {"workers": 3}, "strict": True}
+    activation.from_command_line(["scalellm"], options, arguments, command)
+    assert on(activation.states()) == expected
+    assert arguments.api_server_count == (3 if "frontend" in expected else None)
+
+
+def test_in_a_library_there_is_no_http_side(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("VLLM_PLUGINS", "scalellm")
+    activation.from_environment()
+    rows = {state.name: state for state in activation.states()}
+    assert not rows["status"].on
+    assert "library" in rows["status"].why
+
+
+def test_a_platform_chosen_too_early_is_said_and_refused_under_strict(
+    environment: pytest.MonkeyPatch,
+) -> None:
+    platforms = ModuleType("vllm.platforms")
+    platforms._current_platform = object()  # type: ignore[attr-defined]
+    environment.setitem(sys.modules, "vllm.platforms", platforms)
+    environment.setenv("VLLM_PLUGINS", "scalellm.sim")
+    activation.from_environment()
+    assert not activation.is_on("sim")
+    environment.setenv("SCALELLM_CONFIG", '{"strict": true}')
+    with pytest.raises(ContractError, match="before importing vllm"):
+        activation.from_environment()
+
+
+def test_a_restart_is_only_for_vllms_own_process(environment: pytest.MonkeyPatch) -> None:
+    """A notebook that parses vLLM's arguments is not replaced by a new process."""
+    platforms = ModuleType("vllm.platforms")
+    platforms._current_platform = object()  # type: ignore[attr-defined]
+    environment.setitem(sys.modules, "vllm.platforms", platforms)
+    environment.setattr("os.execv", lambda *_: pytest.fail("replaced the process"))
+    with pytest.raises(ConfigError, match="Set VLLM_PLUGINS="):
+        run(["scalellm.sim"])
+    environment.setenv("VLLM_TARGET_DEVICE", "cpu")
+    with pytest.raises(ConfigError, match="VLLM_TARGET_DEVICE"):
+        run(["scalellm.sim"])
+
+
+def test_the_decision_reaches_other_machines(environment: pytest.MonkeyPatch) -> None:
+    """vLLM copies variables to Ray actors by prefix."""
+    environment.setenv("VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY", "MY_")
+    run(["scalellm"])
+    run(["scalellm"])
+    assert os.environ["VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"] == "MY_,SCALELLM_"
+
+
+def test_a_line_that_cannot_know_our_options_loses_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = [
+        "vllm",
+        "serve",
+        "M",
+        "--plugins",
+        "scalellm",
+        "--port",
+        "1",
+        "--scalellm.ipc",
+        "off",
+        "--scalellm={}",
+        "-q",
+    ]
+    arguments.withdraw(line, "EngineArgs.add_cli_args is gone")
+    assert line == ["vllm", "serve", "M", "--port", "1", "-q"]
+    assert "EngineArgs.add_cli_args is gone" in capsys.readouterr().err
+    untouched = ["vllm", "serve", "M"]
+    arguments.withdraw(untouched, "x")
+    assert untouched == ["vllm", "serve", "M"]
+    assert capsys.readouterr().err == ""
+    with pytest.raises(SystemExit, match=r"scalellm\.strict"):
+        arguments.withdraw(["vllm", "--plugins", "scalellm", "--scalellm.strict"], "x")

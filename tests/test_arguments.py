@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,9 @@ def test_names_are_gathered_and_the_model_is_left_alone(
         (["--scalellm.strict"], ["--scalellm.strict=on"]),
         (["--scalellm.strict", "--port", "1"], ["--scalellm.strict=on", "--port", "1"]),
         (["--scalellm.ipc", "off"], ["--scalellm.ipc", "off"]),
+        (["--scalellm.strict", "MODEL"], ["--scalellm.strict=on", "MODEL"]),
+        (["--scalellm.strict", "no", "MODEL"], ["--scalellm.strict", "no", "MODEL"]),
+        (["--scalellm.ipc", "maybe"], ["--scalellm.ipc", "maybe"]),
         (["--scalellm.ipc=off", "--port"], ["--scalellm.ipc=off", "--port"]),
         # Not a switch: vLLM's own complaint is the right one.
         (["--scalellm.frontend.workers", "--port"], ["--scalellm.frontend.workers", "--port"]),
@@ -61,7 +65,7 @@ def calls(clean_environment: pytest.MonkeyPatch) -> list[tuple[list[str], dict[s
     clean_environment.setattr(
         activation,
         "from_command_line",
-        lambda names, options, _: seen.append((list(names), dict(options))),
+        lambda names, options, *_: seen.append((list(names), dict(options))),
     )
     return seen
 
@@ -138,3 +142,33 @@ def test_mistakes_end_in_a_usage_error_before_anything_starts(
     error = capsys.readouterr().err
     for part in parts:
         assert part in error
+
+
+@pytest.mark.parametrize(
+    ("yaml", "remedy"),
+    [
+        ("scalellm: off", 'scalellm: "off"'),
+        ("scalellm.ipc: off", "scalellm: {ipc: off}"),
+        ("scalellm.sim.enabled: yes", "scalellm: {sim: {enabled: on}}"),
+        ("scalellm: {ipc: off}", None),
+        ("trust-remote-code: true", None),
+    ],
+)
+def test_switches_that_vllms_yaml_loses_are_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    yaml: str,
+    remedy: str | None,
+) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(f"plugins: scalellm\n{yaml}\n")
+    monkeypatch.setattr("sys.argv", ["vllm", "serve", "M", "--config", str(file)])
+    if remedy is None:
+        add_arguments(argparse.ArgumentParser())
+        return
+    with pytest.raises(SystemExit):
+        add_arguments(argparse.ArgumentParser())
+    error = capsys.readouterr().err
+    assert f"`{remedy}`" in error
+    assert str(file) in error

@@ -45,7 +45,10 @@ def test_values_arrive() -> None:
     ("raw", "parts"),
     [
         ({"ipcc": "on"}, ["scalellm.ipcc", "unknown option", "Valid under scalellm: ipc,"]),
-        ({"frontend": {"wrkers": 2}}, ["scalellm.frontend.wrkers", "frontend: workers,"]),
+        (
+            {"frontend": {"wrkers": 2}},
+            ["scalellm.frontend.wrkers", "given 2", "frontend: workers,"],
+        ),
         ({"frontend": {"workers": 0}}, ["scalellm.frontend.workers", "0", ">= 1"]),
         ({"frontend": {"workers": "four"}}, ["scalellm.frontend.workers", "'four'", "int"]),
         ({"frontend": {"workers": True}}, ["scalellm.frontend.workers", "True", "int"]),

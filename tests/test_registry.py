@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 from packaging.specifiers import SpecifierSet
@@ -44,11 +43,6 @@ def test_a_patch_is_named_after_the_module_it_changes(patch: Patch) -> None:
     # vllm.engine.arg_utils → patch_engine_arg_utils
     modules = {m.removeprefix("vllm.") for target in patch.targets for m in target.modules}
     assert patch.module.removeprefix("patch_") in {m.replace(".", "_") for m in modules}
-
-
-@pytest.mark.parametrize("feature", FEATURES.values(), ids=lambda feature: feature.name)
-def test_features_name_their_patches(feature: Any) -> None:
-    assert set(feature.patches) == {p.name for p in PATCHES if p.feature == feature.name}
 
 
 def test_every_feature_is_watched() -> None:

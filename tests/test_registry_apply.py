@@ -81,6 +81,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
     def define(apply: Callable[[], None], qualname: str = "Engine.add", **facts: Any) -> Patch:
         vllm = facts.pop("vllm", SUPPORTED_VLLM)
+        composes = facts.pop("composes", False)
         name = f"fake_{len(made)}"
         module = ModuleType(f"scalellm_plugins.patches.patch_{name}")
         module.apply = apply  # type: ignore[attr-defined]
@@ -96,6 +97,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
                 when="process",
                 remove_when="never",
                 vllm=vllm,
+                composes=composes,
             )
         )
         return made[-1]
@@ -244,6 +246,11 @@ def test_a_replaced_function_is_noticed(world: World) -> None:
     assert "Engine.add: expected vLLM's own, found it replaced by " in reason
     assert f".foreign ({__file__}:" in reason
     assert world.module.Engine.add(1) == ("foreign", 1)
+
+
+def test_a_patch_that_only_adds_composes_with_others(world: World) -> None:
+    world.module.Engine.add = staticmethod(functools.wraps(world.module.Engine.add)(foreign))
+    assert registry.apply(world.define(replace_add(world.module), composes=True)).on
 
 
 def test_a_wrapper_that_copies_names_is_noticed(world: World) -> None:

@@ -14,7 +14,13 @@ import pytest
 
 pytestmark = pytest.mark.vllm
 
-OUR_VARIABLES = ("VLLM_PLUGINS", "SCALELLM_CONFIG", "SCALELLM_STATE", "SCALELLM_RESTARTED")
+OUR_VARIABLES = (
+    "VLLM_PLUGINS",
+    "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY",
+    "SCALELLM_CONFIG",
+    "SCALELLM_STATE",
+    "SCALELLM_RESTARTED",
+)
 
 _SNAPSHOT = """
 import sys, types, json
@@ -95,8 +101,15 @@ def test_not_asked_for_it_changes_nothing_but_two_options() -> None:
 
 
 _LIBRARY = (
-    _SNAPSHOT.partition("from vllm.entrypoints.cli.serve")[0]
+    _SNAPSHOT.partition("from vllm.entrypoints.cli.serve import")[0]
     + """
+import os
+environment = dict(os.environ)
+assert not vllm.plugins.plugins_loaded
+vllm.plugins.load_general_plugins()
+assert vllm.plugins.plugins_loaded
+assert "scalellm_plugins.plugin" in sys.modules
+assert dict(os.environ) == environment
 after = functions()
 print(json.dumps(sorted(".".join(k) for k in before if after.get(k) is not before[k])))
 """
@@ -254,3 +267,27 @@ def test_a_foreign_allowlist_does_not_hide_the_options() -> None:
     )
     assert done.returncode == 2
     assert "no plugin is named 'scalellm.nothing'" in done.stderr
+
+
+_AS_LIBRARY = """
+import json
+from vllm import EngineArgs
+EngineArgs(model="M")  # as vllm.LLM does: loads plugins, starts nothing
+from scalellm_plugins import activation
+print(json.dumps({state.name: state.why for state in activation.states()}))
+"""
+
+
+def test_from_python_the_variable_asks_and_the_table_says() -> None:
+    done = _python(_AS_LIBRARY, VLLM_PLUGINS="scalellm")
+    rows = _last_json(done)
+    assert rows["status"] == "no HTTP server: vLLM runs as a library here"
+    assert (done.stdout + done.stderr).count("ScaleLLM plugins") == 1
+
+
+def test_from_python_a_wrong_name_is_refused() -> None:
+    done = _python(_AS_LIBRARY, VLLM_PLUGINS="other, scalellm.sttus")
+    assert done.returncode != 0
+    assert (
+        "VLLM_PLUGINS: no plugin is named 'scalellm.sttus'. Valid: scalellm.status" in done.stderr
+    )
