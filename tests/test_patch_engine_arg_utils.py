@@ -53,12 +53,16 @@ restored = vars(EngineArgs)["add_cli_args"] is before
 
 @functools.wraps(EngineArgs.add_cli_args)
 def elsewhere(parser):
-    return parser
+    # Another plugin of vLLM, with the same idea.
+    parser.add_argument("--elsewhere")
+    return elsewhere.__wrapped__(parser)
 
 EngineArgs.add_cli_args = staticmethod(elsewhere)
+states.append(registry.apply(patch).state)
+both = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())._option_string_actions
 print("RESULT", json.dumps({
     "states": states, "plugins": "--plugins" in options, "model": "--model" in options,
-    "restored": restored, "foreign": registry.apply(patch).reason,
+    "restored": restored, "composed": "--plugins" in both and "--elsewhere" in both,
 }))
 """
 
@@ -75,12 +79,10 @@ def test_the_patch_of_the_command_line_on_the_installed_vllm(
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
     result = json.loads(line.removeprefix("RESULT "))
-    foreign_reason = result.pop("foreign")
     assert result == {
-        "states": ["applied", "already"],
+        "states": ["applied", "already", "applied"],
+        "composed": True,
         "plugins": True,
         "model": True,
         "restored": True,
     }
-    assert "EngineArgs.add_cli_args: expected vLLM's own" in foreign_reason
-    assert "__main__.elsewhere" in foreign_reason

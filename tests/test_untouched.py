@@ -270,23 +270,23 @@ def test_a_foreign_allowlist_does_not_hide_the_options() -> None:
 
 
 _AS_LIBRARY = """
-import json
+import json, sys
 from vllm import EngineArgs
-EngineArgs(model="M")  # as vllm.LLM does: loads plugins, starts nothing
+EngineArgs(model=sys.argv[1])  # as vllm.LLM does: loads plugins, starts nothing
 from scalellm_plugins import activation
 print(json.dumps({state.name: state.why for state in activation.states()}))
 """
 
 
 def test_from_python_the_variable_asks_and_the_table_says() -> None:
-    done = _python(_AS_LIBRARY, VLLM_PLUGINS="scalellm")
+    done = _python(_AS_LIBRARY, str(Path(__file__).parent), VLLM_PLUGINS="scalellm")
     rows = _last_json(done)
     assert rows["status"] == "no HTTP server: vLLM runs as a library here"
     assert (done.stdout + done.stderr).count("ScaleLLM plugins") == 1
 
 
 def test_from_python_a_wrong_name_is_refused() -> None:
-    done = _python(_AS_LIBRARY, VLLM_PLUGINS="other, scalellm.sttus")
+    done = _python(_AS_LIBRARY, str(Path(__file__).parent), VLLM_PLUGINS="other, scalellm.sttus")
     assert done.returncode != 0
     assert (
         "VLLM_PLUGINS: no plugin is named 'scalellm.sttus'. Valid: scalellm.status" in done.stderr
