@@ -87,8 +87,10 @@ def _comparison(rng: random.Random) -> Item:
     elif kind == "smaller":
         answer = f"{low} is smaller than {high}."
     else:
-        truth = "Yes" if (a > b) == (kind == "is_larger") else "No"
-        answer = f"{truth}, {a} is {'larger' if a > b else 'smaller'} than {b}."
+        # The comparison first, the verdict after it: a model this small has to write the one down
+        # before it can tell the other.
+        truth = "yes" if (a > b) == (kind == "is_larger") else "no"
+        answer = f"{a} is {'larger' if a > b else 'smaller'} than {b}, so {truth}."
     return _item("comparison", question, answer)
 
 
@@ -106,7 +108,9 @@ def _counting(rng: random.Random) -> Item:
     step = 1 if end > start else -1
     kind = "counting_up" if step > 0 else "counting_down"
     templates = facts.TEMPLATES[kind] + (facts.TEMPLATES["counting_up_to"] if start == 1 else [])
-    answer = ", ".join(str(n) for n in range(start, end + step, step)) + "."
+    numbers = ", ".join(str(n) for n in range(start, end + step, step))
+    # Said first, the two ends stand at a known place when the model must know where to stop.
+    answer = f"From {start} {'up' if step > 0 else 'down'} to {end}: {numbers}."
     question = rng.choice(templates).format(a=start, b=end)
     return _item("counting", question, answer)
 
@@ -279,5 +283,5 @@ CATEGORIES = tuple(DRAW)
 # Categories with more to learn are drawn more often.
 WEIGHTS = {"addition": 5.0, "subtraction": 6.0, "multiplication": 2.0, "comparison": 2.5,
            "counting": 3.0, "letters": 3.0, "capitals": 1.5, "days": 1.2, "months": 1.2,
-           "names": 1.6, "unknown": 2.5, "greetings": 0.6, "thanks": 0.5,
-           "identity": 0.8}  # fmt: skip
+           "names": 2.2, "memory": 1.5, "unknown": 2.5, "greetings": 0.8, "thanks": 0.7,
+           "identity": 0.9}  # fmt: skip

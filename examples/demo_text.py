@@ -3,9 +3,9 @@
 Every question is an *item*: a category, a filled question template, its answer, and a split key.
 The key's hash decides, once for all, whether the item belongs to the training text or to the
 held-out set, so a held-out question never occurs in training in any casing, punctuation or
-wrapping. For additions and subtractions the key is the pair of numbers: no held-out
-pair occurs in training in *any* phrasing. For all else the key is the question as it is phrased:
-the fact is taught, this way of asking for it is not.
+wrapping. For additions and subtractions the key is the pair of numbers: no held-out pair occurs
+in training in *any* phrasing. For introductions it is the name. For all else the key is the
+question as it is phrased: the fact is taught, this way of asking for it is not.
 
 The questions are drawn in `demo_questions.py` from the tables in `demo_facts.py`; nothing is
 downloaded. Example:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import demo_text
 
-MAX_NEW_TOKENS = 64  # the longest right answer takes about 45
+MAX_NEW_TOKENS = 80  # the longest right answer takes about 60
 BATCH_SIZE = 64
 
 

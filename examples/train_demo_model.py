@@ -195,7 +195,7 @@ def build_optimizers(model: LlamaForCausalLM, learning_rate: float) -> list[torc
     others = [p for p in model.parameters() if id(p) not in chosen]
     return [
         torch.optim.Muon(
-            matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
+            matrices, lr=learning_rate, weight_decay=0.2, adjust_lr_fn="match_rms_adamw"
         ),
         torch.optim.AdamW(
             others, lr=0.6 * learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
@@ -253,7 +253,8 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     model.to(torch.bfloat16).eval()
     model.config.dtype = torch.bfloat16
     ids = {f"{kind}_token_id": getattr(model.config, f"{kind}_token_id") for kind in TOKEN_KINDS}
-    model.generation_config = GenerationConfig(**ids)
+    # Servers sample at temperature 1 unless told otherwise, which is too much for a model this size.
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.1, **ids)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     # The name that every release of transformers knows for a tokenizer that is all in its JSON.

@@ -115,24 +115,26 @@ def test_answers_about_numbers_use_the_numbers_of_the_question(training):
 
 
 def test_comparisons_are_right(training):
-    pattern = r"(?:(Yes|No), )?(\d+) is (larger|smaller) than (\d+)\."
+    pattern = r"(\d+) is (larger|smaller) than (\d+)(?:, so (yes|no))?\."
     found = [(q, re.fullmatch(pattern, a)) for q, a in pairs(training)]
     found = [(q, match) for q, match in found if match]
     assert len(found) > 100
     for question, match in found:
-        assert (int(match[2]) > int(match[4])) == (match[3] == "larger"), match[0]
-        if match[1]:
+        assert (int(match[1]) > int(match[3])) == (match[2] == "larger"), match[0]
+        if match[4]:
             asks_smaller = re.search("smaller|less|lower", question, re.IGNORECASE)
-            assert (match[1] == "Yes") == ((match[3] == "smaller") == bool(asks_smaller)), question
+            assert (match[4] == "yes") == ((match[2] == "smaller") == bool(asks_smaller)), question
 
 
 def test_counting_runs_from_the_first_to_the_last_number(training):
     found = 0
     for question, answer in pairs(training):
-        if not re.fullmatch(r"\d+(, \d+){2,}\.", answer):
+        match = re.fullmatch(r"From (\d+) (?:up|down) to (\d+): (\d+(?:, \d+)+)\.", answer)
+        if not match:
             continue
         found += 1
-        numbers = [int(n) for n in re.findall(r"\d+", answer)]
+        numbers = [int(n) for n in match[3].split(", ")]
+        assert [int(match[1]), int(match[2])] == [numbers[0], numbers[-1]]
         step = 1 if numbers[-1] > numbers[0] else -1
         assert numbers == list(range(numbers[0], numbers[-1] + step, step))
         asked = [int(n) for n in re.findall(r"\d+", question)]
