@@ -253,7 +253,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     model.to(torch.bfloat16).eval()
     model.config.dtype = torch.bfloat16
     ids = {f"{kind}_token_id": getattr(model.config, f"{kind}_token_id") for kind in TOKEN_KINDS}
-    # Servers sample at temperature 1 unless told otherwise, which is too much for a model this size.
+    # Servers sample at temperature 1 unless told otherwise: too much for a model of this size.
     model.generation_config = GenerationConfig(do_sample=True, temperature=0.1, **ids)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
