@@ -147,12 +147,14 @@ for case in json.loads(sys.argv[1]):
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
+        os.dup2(write, 1)  # where vLLM logs, once its logging is set up: before 0.32 at import
         os.dup2(write, 2)
         os.environ.update(case.get("env", {}))
         try:
             result = parse(case["line"])
         except SystemExit as stop:
             result = {"exit": stop.code}
+        sys.stdout.flush()
         sys.stderr.flush()
         os.write(write, b"\\0" + json.dumps(result).encode())
         os._exit(0)
