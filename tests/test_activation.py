@@ -336,3 +336,38 @@ def test_a_line_that_cannot_know_our_options_loses_them(
     assert capsys.readouterr().err == ""
     with pytest.raises(SystemExit, match=r"scalellm\.strict"):
         arguments.withdraw(["vllm", "--plugins", "scalellm", "--scalellm.strict"], "x")
+
+
+def test_a_vllm_without_room_for_our_options_serves_without_us(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The patch of the command line cannot be applied: the line must still parse."""
+    environment.setattr(plugin, "_building_command_line", lambda: True)
+    environment.setattr(activation, "apply_patches", lambda *_args, **_kwargs: ["it moved"])
+    environment.setattr("sys.argv", ["vllm", "serve", "M", "--plugins", "scalellm"])
+    plugin.register()
+    assert sys.argv == ["vllm", "serve", "M"]
+    assert "it moved" in capsys.readouterr().err
+    assert activation.states() == ()
+
+
+def test_while_the_command_line_is_built_nothing_is_decided(
+    environment: pytest.MonkeyPatch,
+) -> None:
+    environment.setenv("VLLM_PLUGINS", "scalellm")
+    environment.setattr(plugin, "_building_command_line", lambda: True)
+    plugin.register()
+    assert activation.states() == ()
+    environment.setattr(plugin, "_building_command_line", lambda: False)
+    plugin.register()
+    assert activation.states()
+
+
+def test_what_vllm_no_longer_loads_is_loaded_once_in_a_child(
+    environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _install(environment, [(names.GENERAL, "foo"), (names.ENDPOINT, "foo")])
+    run(["scalellm.frontend"])
+    for _ in range(3):  # vLLM calls it once per name of ours
+        plugin.register()
+    assert capsys.readouterr().out == "\n"  # the plugin is print()
