@@ -20,7 +20,7 @@ from scalellm_plugins import compat
 from scalellm_plugins.errors import ContractError, UnsupportedVLLMError
 
 from . import contracts, live
-from .contracts import Target
+from .catalog import PATCHES, Patch, When
 from .live import MARK
 from .planned_seams import PLANNED
 from .seams import READY, Entry, Seam
@@ -33,6 +33,7 @@ __all__ = [
     "Outcome",
     "Patch",
     "Seam",
+    "add",
     "apply",
     "check",
     "patches_for",
@@ -41,58 +42,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger("vllm.scalellm")  # below "vllm": its handlers and its level
-
-When = Literal["cli", "process"]
-"""While the command line is built; in every vLLM process, once it loads its plugins."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Patch(Entry):
-    """One change to vLLM at run time. `module` is its file here, with an idempotent `apply()`.
-
-    `composes`: the patch only adds around what it wraps, so that another plugin's wrapper of the
-    same target may lie below it; otherwise such a target is a broken contract.
-    """
-
-    module: str
-    how: str
-    when: When
-    remove_when: str
-    composes: bool = False
-
-
-PATCHES: tuple[Patch, ...] = (
-    Patch(
-        name="cli_arguments",
-        feature="core",
-        module="patch_engine_arg_utils",
-        targets=(
-            Target(
-                module="vllm.engine.arg_utils",
-                qualname="EngineArgs.add_cli_args",
-                parameters=("parser",),
-                binding="staticmethod",
-                is_async=False,
-                returns="parser",
-            ),
-            # Not replaced, but the patch works only because plugins are loaded in here, before
-            # the attribute of EngineArgs is looked up.
-            Target(
-                module="vllm.engine.arg_utils",
-                qualname="AsyncEngineArgs.add_cli_args",
-                parameters=("parser",),
-                binding="staticmethod",
-                calls=("load_general_plugins", "EngineArgs.add_cli_args"),
-            ),
-        ),
-        why="vLLM has no way for a general plugin to add options, and dies on unknown ones",
-        how="EngineArgs.add_cli_args calls the original, then adds --plugins and --scalellm",
-        when="cli",
-        composes=True,
-        remove_when="vLLM lets general plugins add options (today only platforms can, through "
-        "Platform.pre_register_and_update)",
-    ),
-)
 
 SEAMS: tuple[Seam, ...] = (*READY, *PLANNED)
 
@@ -218,19 +167,36 @@ def replace(owner: Any, attribute: str, new: Callable[..., Any]) -> None:
 
     `new` takes over the original's name, docstring and binding (staticmethod, classmethod), keeps
     it as `__wrapped__`, and is marked with the patch's name. A patch that fails later is rolled
-    back to what is replaced here.
+    back to what is replaced here. A module's name for a class can be replaced too, where the class
+    is only called: `new` makes what stands in for the instance.
     """
     assert _state.current is not None, "replace() is for a patch's apply()"
     assert inspect.isfunction(new), "only functions replace functions"
     original = inspect.getattr_static(owner, attribute)
     function = original.__func__ if isinstance(original, staticmethod | classmethod) else original
     # The original's name too: what pickles by reference finds the replacement, as it should.
-    functools.update_wrapper(new, function)
+    # (A class's namespace is its methods, which a function has no use for.)
+    updated = () if inspect.isclass(function) else functools.WRAPPER_UPDATES
+    functools.update_wrapper(new, function, updated=updated)
     setattr(new, MARK, _state.current)  # after the update, which copies an inner patch's mark
     inherited = attribute not in vars(owner)
     _state.originals[_state.current].append(_Original(owner, attribute, original, inherited))
     binding = type(original) if isinstance(original, staticmethod | classmethod) else None
     setattr(owner, attribute, binding(new) if binding else new)
+
+
+def add(owner: type, attribute: str, new: Callable[..., Any]) -> None:
+    """Give a class a method that it has not; for use in a patch's `apply`.
+
+    Raises:
+        ContractError: the class has such an attribute already.
+    """
+    assert _state.current is not None, "add() is for a patch's apply()"
+    if hasattr(owner, attribute):
+        raise ContractError(f"{owner.__name__}.{attribute} exists already")
+    setattr(new, MARK, _state.current)
+    _state.originals[_state.current].append(_Original(owner, attribute, None, inherited=True))
+    setattr(owner, attribute, new)
 
 
 def undo(patch: Patch) -> None:

@@ -33,7 +33,7 @@ from .names import (
 )
 
 if TYPE_CHECKING:
-    from .patches.registry import When
+    from .patches.catalog import When
 
 logger = logging.getLogger("vllm.scalellm")  # below "vllm": its handlers and its level
 
@@ -135,7 +135,7 @@ def from_command_line(
     decided: tuple[FeatureState, ...] = ()
     if asked:
         decided = decision.decide(every, parsed, _unfit(command, arguments))
-        _check_arguments(decided, parsed, arguments)
+        raw = _with_worker_bounds(raw, decided, parsed, arguments)
     _export(names, raw if asked else None, decided)
     if _platform_is_stale(before, names):
         _restart()
@@ -146,7 +146,8 @@ def from_command_line(
     if asked:
         announce(decision.table(decided))
         carry_out()
-        _set_arguments(decided, parsed, arguments)
+        if is_on("frontend"):
+            _apply_on("frontend", when="serve")
 
 
 def _unfit(command: str, arguments: argparse.Namespace) -> dict[str, str]:
@@ -161,30 +162,57 @@ def _unfit(command: str, arguments: argparse.Namespace) -> dict[str, str]:
             unfit["frontend"] = "only `vllm serve` starts several API servers"
         elif getattr(arguments, "data_parallel_multi_port_external_lb", False):
             unfit["frontend"] = "--data-parallel-multi-port-external-lb: one API server per rank"
+        elif getattr(arguments, "grpc", False):
+            unfit["frontend"] = "--grpc: no HTTP server"
+        elif _has_rust_frontend():
+            unfit["frontend"] = "VLLM_USE_RUST_FRONTEND: the HTTP server is not Python"
         return unfit
     return {"frontend": reason, "status": reason}
 
 
-def _check_arguments(
-    decided: Iterable[FeatureState], options: config.Config, arguments: argparse.Namespace
-) -> None:
-    """Refuse combinations of our options and vLLM's."""
-    on = {state.name for state in decided if state.on}
-    count = getattr(arguments, "api_server_count", None)
-    workers = options.frontend.workers
-    if "frontend" in on and workers is not None and count not in (None, workers):
-        raise ConfigError(
-            f"scalellm.frontend.workers: {workers} contradicts --api-server-count {count}. "
-            "Give one of the two."
-        )
+def _has_rust_frontend() -> bool:
+    envs = sys.modules.get("vllm.envs")
+    return bool(getattr(envs, "VLLM_USE_RUST_FRONTEND", False))
 
 
-def _set_arguments(
-    decided: Iterable[FeatureState], options: config.Config, arguments: argparse.Namespace
-) -> None:
-    on = {state.name for state in decided if state.on}
-    if "frontend" in on and options.frontend.workers is not None:
-        arguments.api_server_count = options.frontend.workers
+def _with_worker_bounds(
+    raw: Mapping[str, Any],
+    decided: Iterable[FeatureState],
+    options: config.Config,
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    """Return the options with the frontend's bounds spelt out, for every process of the server.
+
+    Raises:
+        ConfigError: options of ours or of vLLM's contradict each other.
+    """
+    if "frontend" not in {state.name for state in decided if state.on}:
+        return dict(raw)
+    low, high = config.worker_bounds(
+        options.frontend,
+        getattr(arguments, "api_server_count", None),
+        cores=1 if _is_balanced_elsewhere(arguments) else len(os.sched_getaffinity(0)),
+        at_least=_own_default(arguments),
+    )
+    if high > 1:
+        arguments.api_server_count = high
+    return config.merge(raw, {"frontend": {"min_workers": low, "max_workers": high}})
+
+
+def _is_balanced_elsewhere(arguments: argparse.Namespace) -> bool:
+    """Whether each data-parallel rank has its own server, behind somebody else's load balancer."""
+    rank = getattr(arguments, "data_parallel_rank", None)
+    return rank is not None or bool(getattr(arguments, "data_parallel_external_lb", False))
+
+
+def _own_default(arguments: argparse.Namespace) -> int:
+    """How many API servers vLLM would start by itself."""
+    if _is_balanced_elsewhere(arguments):
+        return 1
+    local = getattr(arguments, "data_parallel_start_rank", None) is not None
+    if local or getattr(arguments, "data_parallel_hybrid_lb", False):
+        return getattr(arguments, "data_parallel_size_local", None) or 1
+    return getattr(arguments, "data_parallel_size", None) or 1
 
 
 def _export(
@@ -295,12 +323,18 @@ def carry_out() -> None:
     Raises:
         ContractError: `scalellm.strict`, and a patch no longer fits.
     """
-    on = [state.name for state in states() if state.on]
-    if on:
-        strict = config.current().strict
-        for name in on:
-            for reason in apply_patches(name, when="process", strict=strict):
-                logger.warning("scalellm.%s is off in this process: %s", name, reason)
+    for state in states():
+        if state.on:
+            _apply_on(state.name, when="process")
+            # Elsewhere the import alone would cost seconds.
+            if "vllm.v1.engine.core" in sys.modules:
+                _apply_on(state.name, when="engine")
+
+
+def _apply_on(feature: str, *, when: When) -> None:
+    """Apply a feature's patches of one moment; warn of those that no longer fit, or refuse."""
+    for reason in apply_patches(feature, when=when, strict=config.current().strict):
+        logger.warning("scalellm.%s is off in this process: %s", feature, reason)
 
 
 def apply_patches(feature: str, *, when: When, strict: bool = False) -> list[str]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from scalellm_plugins import __version__
-from scalellm_plugins.errors import ScaleLLMError
+from scalellm_plugins.errors import ConfigError, ScaleLLMError
 
 USAGE_ERROR = 2
 """Exit code for what the user asked for and cannot be, argparse's own."""
@@ -28,6 +28,17 @@ examples:
   pip download --no-deps vllm==0.33.0 && scalellm doctor --strict --wheel vllm-0.33.0-*.whl"""
 
 
+_TENANTS = """\
+The tenants file of --scalellm.frontend.tenants: `hash` reads an API key from standard input and
+prints what the file keeps of it, `check` reads a file as the server would.
+Exit code: 0 as it should be, 2 not."""
+
+_TENANTS_EXAMPLES = """\
+examples:
+  openssl rand -hex 24 | tee new-key.txt | scalellm tenants hash
+  scalellm tenants check tenants.yaml"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; raises SystemExit only where argparse does."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -40,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return USAGE_ERROR
     try:
-        return _doctor(arguments)
+        return _tenants(arguments) if arguments.command == "tenants" else _doctor(arguments)
     except ScaleLLMError as error:
         print(f"scalellm {arguments.command}: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -74,6 +85,16 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--strict", action="store_true", help="broken seams of planned features fail, too"
     )
+    tenants = commands.add_parser(
+        "tenants",
+        help="hash an API key, check a tenants file",
+        description=_TENANTS,
+        epilog=_TENANTS_EXAMPLES,
+        formatter_class=raw,
+    )
+    actions = tenants.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions.add_parser("hash", help="read a key from standard input, print its SHA-256")
+    actions.add_parser("check", help="read a file and list its tenants").add_argument("file")
     # Only for the help; `main` never lets argparse see the arguments after it.
     commands.add_parser("bench", help="measure vLLM with and without the plugins", add_help=False)
     return parser
@@ -83,6 +104,19 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from scalellm_plugins import doctor
 
     return doctor.run(arguments)
+
+
+def _tenants(arguments: argparse.Namespace) -> int:
+    from scalellm_plugins.frontends import tenants
+
+    if arguments.action == "check":
+        print(tenants.table(tenants.load(arguments.file)))
+        return 0
+    key = sys.stdin.readline().rstrip("\r\n")
+    if not key:
+        raise ConfigError("no key on standard input, such as from `openssl rand -hex 24`")
+    print(tenants.digest_of(key).hex())
+    return 0
 
 
 def _bench(argv: list[str]) -> int:

@@ -36,12 +36,40 @@ class StatusConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """HTTP workers."""
+    """HTTP workers: their number follows demand between two bounds; see `worker_bounds`."""
 
     enabled: Toggle = None
     workers: Annotated[
         Annotated[int, Meta(ge=1, le=256)] | None,
-        Meta(description="API server processes (1-256); unset: vLLM's own default"),
+        Meta(description="API server processes (1-256), always; min_workers and max_workers"),
+    ] = None
+    min_workers: Annotated[
+        Annotated[int, Meta(ge=1, le=256)] | None,
+        Meta(description="API server processes when idle (1-256); unset: 1"),
+    ] = None
+    max_workers: Annotated[
+        Annotated[int, Meta(ge=1, le=256)] | None,
+        Meta(description="API server processes when busy (1-256); unset: a quarter of the cores"),
+    ] = None
+    max_requests: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="requests in flight, over all workers; more get 503; unset: no limit"),
+    ] = None
+    max_queued_requests: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="requests without a first token yet; more get 503; unset: no limit"),
+    ] = None
+    max_prompt_tokens: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="prompt tokens of requests in flight; more get 503; unset: no limit"),
+    ] = None
+    max_queued_prompt_tokens: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        Meta(description="prompt tokens of requests without a first token yet; unset: no limit"),
+    ] = None
+    tenants: Annotated[
+        Annotated[str, Meta(min_length=1)] | None,
+        Meta(description="file of tenants, with their API keys' hashes, weights and limits"),
     ] = None
 
 
@@ -108,6 +136,53 @@ def _sim_models() -> Sequence[str]:
     from .simulator.roofline import MODELS
 
     return tuple(MODELS)
+
+
+MOST_DEFAULT_WORKERS = 8
+
+
+def worker_bounds(
+    frontend: FrontendConfig, api_server_count: int | None, cores: int, at_least: int = 1
+) -> tuple[int, int]:
+    """How few and how many API server processes there are to be.
+
+    `api_server_count` is vLLM's own option, None where it was not given: exactly so many. Without
+    any of the options: from 1 to a quarter of the `cores` (at most `MOST_DEFAULT_WORKERS`) or to
+    `at_least`, what vLLM would start by itself.
+
+    Raises:
+        ConfigError: two of the options contradict each other.
+    """
+    given = {
+        f"scalellm.frontend.{name}": value
+        for name in ("workers", "min_workers", "max_workers")
+        if (value := getattr(frontend, name)) is not None
+    }
+    if api_server_count is not None:
+        given["--api-server-count"] = api_server_count
+    exact = {name: value for name, value in given.items() if not name.endswith("_workers")}
+    low, high = frontend.min_workers, frontend.max_workers
+    if exact:
+        (name, value), *others = exact.items()
+        for other, number in others:
+            if number != value:
+                raise _contradiction(name, value, other, number)
+        if high not in (None, value):
+            raise _contradiction("scalellm.frontend.max_workers", high, name, value)
+        # vLLM's own count is the maximum where a minimum is given too: its slots exist throughout.
+        if low is not None and (low > value or (name.endswith("workers") and low != value)):
+            raise _contradiction("scalellm.frontend.min_workers", low, name, value)
+        return low or value, value
+    if high is None:
+        high = max(1, min(MOST_DEFAULT_WORKERS, cores // 4), at_least, low or 1)
+    if low is not None and low > high:
+        names = ("scalellm.frontend.min_workers", "scalellm.frontend.max_workers")
+        raise _contradiction(names[0], low, names[1], high)
+    return low or 1, high
+
+
+def _contradiction(one: str, value: int | None, other: str, number: int) -> ConfigError:
+    return ConfigError(f"{one}: {value} contradicts {other} {number}. Give one of the two.")
 
 
 CHOICES: dict[str, Callable[[], Sequence[str]]] = {

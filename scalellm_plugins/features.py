@@ -40,7 +40,7 @@ FEATURES: dict[str, Feature] = {
         ),
         Feature(
             "frontend",
-            "workers=N: that many of vLLM's own API servers (the fast lane is not built yet)",
+            "HTTP workers that follow demand, replaced when they die; a fast lane in each",
             "partial",
         ),
         Feature("ipc", "shared-memory columns between frontends and the engine", "planned"),

@@ -51,6 +51,13 @@ def endpoints() -> Any:
     return StatusEndpoint()
 
 
+def fast_lane() -> Any:
+    """`vllm.endpoint_plugins`: no route; puts the fast lane beside vLLM's own."""
+    from .frontends.attach import FastLaneEndpoint
+
+    return FastLaneEndpoint()
+
+
 def keep_options() -> None:
     """`torch.backends`: keep `--plugins` and `--scalellm` alive under a foreign `VLLM_PLUGINS`.
 

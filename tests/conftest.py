@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,6 +173,28 @@ def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     options = ("--plugins", "scalellm", "--served-model-name", "demo", "--enforce-eager")
     with ExitStack() as stack:
         yield _start(stack, log, DEMO_MODEL, *options, "--max-model-len", "2048")
+
+
+@pytest.fixture(scope="session")
+def serve_together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Server]]:
+    """Start demo servers at the same time, one per NAME=OPTIONS; `stack` stops them.
+
+    Each decodes with one thread: the servers would else wait for each other's spinning threads.
+    """
+    environment = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+    def start(stack: ExitStack, **servers: tuple[str, ...]) -> list[Server]:
+        logs = tmp_path_factory.mktemp("servers")
+        with ThreadPoolExecutor(len(servers)) as threads:
+            jobs = [
+                threads.submit(
+                    _start, stack, logs / f"{name}.log", DEMO_MODEL, *options, **environment
+                )
+                for name, options in servers.items()
+            ]
+        return [job.result() for job in jobs]
+
+    return start
 
 
 @pytest.fixture

@@ -158,6 +158,39 @@ def test_workers_become_api_servers_and_contradictions_are_refused() -> None:
         activation.from_command_line(["scalellm"], {}, arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "cores", "count", "bounds"),
+    [
+        ({}, 2, None, (1, 1)),  # vLLM's own single process
+        ({}, 16, 4, (1, 4)),
+        ({"data_parallel_size": 6}, 2, 6, (1, 6)),
+        ({"data_parallel_size": 6, "data_parallel_rank": 1}, 64, None, (1, 1)),
+        ({"data_parallel_size": 6, "data_parallel_external_lb": True}, 64, None, (1, 1)),
+        (
+            {"data_parallel_size": 6, "data_parallel_size_local": 3, "data_parallel_hybrid_lb": 1},
+            *(2, 3, (1, 3)),
+        ),
+        ({"api_server_count": 2}, 64, 2, (2, 2)),
+    ],
+)
+def test_the_number_of_workers_is_decided_once_for_every_process(
+    environment: pytest.MonkeyPatch,
+    arguments: dict[str, object],
+    cores: int,
+    count: int | None,
+    bounds: tuple[int, int],
+) -> None:
+    environment.setattr("os.sched_getaffinity", lambda _pid: range(cores))
+    line = argparse.Namespace(**{"api_server_count": None, **arguments})
+    activation.from_command_line(["scalellm"], {}, line)
+    assert line.api_server_count == count
+    frontend = config.current().frontend
+    assert (frontend.min_workers, frontend.max_workers) == bounds
+    before = dict(os.environ)
+    activation.from_command_line(["scalellm"], {}, line)  # as after a restart
+    assert dict(os.environ) == before
+
+
 def test_switched_off_it_leaves_vllms_arguments_alone() -> None:
     arguments = run(["scalellm"], {"frontend": {"workers": 3, "enabled": "off"}})
     assert arguments.api_server_count is None
@@ -256,6 +289,7 @@ def test_the_simulated_gpu_needs_a_name_of_ours(environment: pytest.MonkeyPatch)
         ("bench throughput", {}, set()),
         ("serve", {"headless": True}, set()),
         ("serve", {"data_parallel_multi_port_external_lb": True}, {"status"}),
+        ("serve", {"grpc": True}, {"status"}),
     ],
 )
 def test_features_of_the_http_side_need_one(

@@ -96,6 +96,54 @@ def test_options_survive_the_environment(clean_environment: pytest.MonkeyPatch) 
     assert config.current() == config.parse({"frontend": {"workers": 3}, "ipc": "off"})
 
 
+@pytest.mark.parametrize(
+    ("options", "count", "cores", "at_least", "expected"),
+    [
+        ({}, None, 2, 1, (1, 1)),
+        ({}, None, 16, 1, (1, 4)),
+        ({}, None, 256, 1, (1, 8)),
+        ({}, None, 2, 4, (1, 4)),
+        ({"workers": 3}, None, 2, 1, (3, 3)),
+        ({"workers": 3}, 3, 2, 1, (3, 3)),
+        ({"min_workers": 5}, None, 2, 1, (5, 5)),
+        ({"max_workers": 5}, None, 2, 1, (1, 5)),
+        ({"min_workers": 2, "max_workers": 5}, None, 2, 1, (2, 5)),
+        ({"min_workers": 2, "max_workers": 5}, 5, 2, 1, (2, 5)),
+        ({"min_workers": 2}, 5, 2, 1, (2, 5)),
+        ({}, 5, 64, 8, (5, 5)),
+        ({}, 1, 64, 8, (1, 1)),
+        # As the first process leaves them for the others, and finds them after a restart.
+        ({"workers": 3, "min_workers": 3, "max_workers": 3}, 3, 2, 1, (3, 3)),
+    ],
+)
+def test_how_many_workers_there_are_to_be(
+    options: dict[str, int], count: int | None, cores: int, at_least: int, expected: tuple[int, int]
+) -> None:
+    frontend = config.parse({"frontend": options}).frontend
+    assert config.worker_bounds(frontend, count, cores, at_least) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "count", "parts"),
+    [
+        ({"workers": 3}, 2, ["frontend.workers: 3", "--api-server-count 2"]),
+        ({"max_workers": 3}, 2, ["frontend.max_workers: 3", "--api-server-count 2"]),
+        ({"min_workers": 3}, 2, ["frontend.min_workers: 3", "--api-server-count 2"]),
+        ({"workers": 3, "max_workers": 4}, None, ["max_workers: 4", "frontend.workers 3"]),
+        ({"workers": 3, "min_workers": 2}, None, ["min_workers: 2", "frontend.workers 3"]),
+        ({"min_workers": 4, "max_workers": 2}, None, ["min_workers: 4", "max_workers 2"]),
+    ],
+)
+def test_contradictory_numbers_of_workers_are_refused(
+    options: dict[str, int], count: int | None, parts: list[str]
+) -> None:
+    frontend = config.parse({"frontend": options}).frontend
+    with pytest.raises(ConfigError) as caught:
+        config.worker_bounds(frontend, count, cores=2)
+    for part in parts:
+        assert part in str(caught.value)
+
+
 @pytest.mark.parametrize("text", ["nonsense", "[1]", '"on"'])
 def test_a_broken_variable_is_named(clean_environment: pytest.MonkeyPatch, text: str) -> None:
     clean_environment.setenv("SCALELLM_CONFIG", text)

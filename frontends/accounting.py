@@ -1,0 +1,164 @@
+"""What is said about requests of the fast lane: vLLM's HTTP metrics, our own, the access log."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import prometheus_client
+from starlette.requests import Request
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+
+from .access_log import AccessLog
+
+if TYPE_CHECKING:
+    from .answers import Answer
+
+
+class _Response:
+    """As much of a response as the instrumentation of vLLM's HTTP metrics looks at."""
+
+    def __init__(self, length: int | None) -> None:
+        self.headers = {} if length is None else {"Content-Length": str(length)}
+
+
+class Accounting:
+    """One per worker. `app`: vLLM's FastAPI application."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._instrumentations: list[Any] | None = None
+        self._requests = _counter(
+            "scalellm:requests", "HTTP requests of the hot routes by lane", ("lane", "route")
+        )
+        self._proxied: Any = None
+        self._log: AccessLog | None = None
+        self._counters: dict[tuple[str, bool], Any] = {}
+        self._exchanges: dict[tuple[str, int], Any] = {}
+
+    def routed(self, route: str, *, fast: bool) -> None:
+        """Count a request by the lane that serves it."""
+        key = (route, fast)
+        counter = self._counters.get(key)
+        if counter is None:
+            counter = self._requests.labels("fast" if fast else "full", route)
+            self._counters[key] = counter
+        counter.inc()
+
+    def started(self, cycle: Any, status: int) -> None:
+        """Write uvicorn's line of the access log, as it does when an answer starts."""
+        if not cycle.access_log:
+            return
+        scope = cycle.scope
+        if any(name.startswith(b"x-forwarded-") for name, _ in scope["headers"]):
+            self._resolve_proxy(scope)
+        if self._log is None:
+            self._log = AccessLog(cycle.access_logger)
+        self._log.write(scope, status)
+
+    def _resolve_proxy(self, scope: Any) -> None:
+        """Let uvicorn's middleware put the client's address into the scope, if it trusts it."""
+        if self._proxied is None:
+            config = self._app.state.server.config
+            self._proxied = config.proxy_headers and ProxyHeadersMiddleware(
+                _nothing, trusted_hosts=config.forwarded_allow_ips
+            )
+        if self._proxied:
+            with suppress(StopIteration):
+                self._proxied(scope, None, None).send(None)
+
+    def ended(self, answer: Answer, status: int, seconds: float) -> None:
+        """Count the exchange in vLLM's HTTP metrics (`http_requests_total` and so on)."""
+        if self._instrumentations is None:
+            self._instrumentations = _instrumentations(self._app)
+        for instrumentation in self._instrumentations:
+            key = (answer.ask.route.path, status)
+            exchange = self._exchanges.get(key)
+            if exchange is None:
+                exchange = _Exchange.learn(instrumentation, *key) or _Slow(instrumentation, *key)
+                self._exchanges[key] = exchange
+            exchange.count(answer, seconds)
+
+
+class _Exchange:
+    """The series of the instrumentation's own metrics for one route and status, looked up once."""
+
+    def __init__(self, *series: Any) -> None:
+        self._total, self._in, self._out, self._fine, self._coarse = series
+
+    @classmethod
+    def learn(cls, instrumentation: Any, route: str, status: int) -> _Exchange | None:
+        """Find the metrics in the default instrumentation; None where it is not as known."""
+        names = instrumentation.__code__.co_freevars
+        cells = dict(zip(names, instrumentation.__closure__ or (), strict=False))
+        found = {name: cell.cell_contents for name, cell in cells.items()}
+        wanted = ("TOTAL", "IN_SIZE", "OUT_SIZE", "LATENCY_HIGHR", "LATENCY_LOWR")
+        flags = ("should_only_respect_2xx_for_highr", "should_exclude_streaming_duration")
+        if not set(wanted) <= set(found) or any(found.get(flag) for flag in flags):
+            return None
+        if found.get("custom_labels"):
+            return None
+        total, sizes_in, sizes_out, fine, coarse = (found[name] for name in wanted)
+        return cls(
+            total.labels("POST", f"{status // 100}xx", route),
+            sizes_in.labels(route),
+            sizes_out.labels(route),
+            fine,
+            coarse.labels("POST", route),
+        )
+
+    def count(self, answer: Answer, seconds: float) -> None:
+        """Count one exchange."""
+        self._total.inc()
+        self._in.observe(answer.ask.length)
+        self._out.observe(answer.length or 0)
+        self._fine.observe(seconds)
+        self._coarse.observe(seconds)
+
+
+class _Slow:
+    """Any other instrumentation: called as the middleware calls it."""
+
+    def __init__(self, instrumentation: Any, route: str, status: int) -> None:
+        self._instrumentation = instrumentation
+        self._route = route
+        self._status = status
+
+    def count(self, answer: Answer, seconds: float) -> None:
+        """Count one exchange."""
+        from prometheus_fastapi_instrumentator.metrics import Info
+
+        response: Any = _Response(answer.length)
+        self._instrumentation(
+            Info(
+                request=Request(answer.cycle.scope),
+                response=response,
+                method="POST",
+                modified_handler=self._route,
+                modified_status=f"{self._status // 100}xx",
+                modified_duration=seconds,
+                modified_duration_without_streaming=seconds,
+            )
+        )
+
+
+async def _nothing(scope: Any, receive: Any, send: Any) -> None:
+    """An application that does nothing."""
+
+
+def _instrumentations(app: Any) -> list[Any]:
+    """Find the functions with which the middleware on vLLM's application counts a request."""
+    layer = app.middleware_stack
+    while layer is not None:
+        if type(layer).__name__ == "PrometheusInstrumentatorMiddleware":
+            return list(layer.instrumentations)
+        layer = getattr(layer, "app", None)
+    return []
+
+
+def _counter(name: str, text: str, labels: tuple[str, ...]) -> Any:
+    """Make a counter, or find it: a process may build its application more than once."""
+    try:
+        return prometheus_client.Counter(name, text, labels)
+    except ValueError:
+        return prometheus_client.REGISTRY._names_to_collectors[name]

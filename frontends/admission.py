@@ -1,0 +1,372 @@
+"""What is in flight, exactly, over all worker processes of a server.
+
+One anonymous mapping, made before the first worker is forked. For the server and for each tenant it
+has four gauges (see limits.py) and four counts of what has left them, each with one word per worker
+slot: a word is written by its slot's worker only, and a gauge is the sum of its words. Whoever adds
+does so under a lock that all workers share, so that between the look at the sums and the addition
+nothing can be added elsewhere. What leaves needs no lock: a sum that is read a moment too early is
+too large, never too small.
+
+The lock is a record lock (fcntl) on a file in memory: the kernel takes it back when its holder
+dies, at whatever instruction. A dead worker's words are then what they were, whole (a word is
+stored at once), and `forget` clears them. The lock is held for the time of a few dozen
+bytecodes; it does not exclude threads of one process, so use this from the event loop only.
+
+Layout, native int64: `word[(entry * 8 + field) * slots + slot]`; entry 0 is the server. A second
+mapping holds a digest of each entry's name, so that workers that read a tenants file at different
+moments agree on the numbers. Pure: imports neither vLLM nor torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from scalellm_plugins.errors import ConfigError
+
+from .limits import (
+    GAUGES,
+    PROMPT_TOKENS,
+    QUEUED_PROMPT_TOKENS,
+    QUEUED_REQUESTS,
+    REQUESTS,
+    Refusal,
+)
+
+SERVER = 0
+MOST_TENANTS = 4096
+"""Names over a server's life. Memory is only used for those that are there."""
+
+_FIELDS = 2 * len(GAUGES)
+_LEFT = len(GAUGES)
+_DIGEST = 16
+_NONE = (None,) * len(GAUGES)
+
+Bounds = Sequence[int | None]
+"""One limit per gauge, as `Limits.by_gauge` has them."""
+
+
+class Admission:
+    """The shared counters, as seen from one worker slot; see the module."""
+
+    def __init__(self, words: memoryview, names: mmap.mmap, slots: int, lock: int | None) -> None:
+        self._words = words
+        self._names = names
+        self._slots = slots
+        self._lock = lock
+        self._slot = 0
+        self._known: dict[str, int] = {}
+
+    @classmethod
+    def create(cls, slots: int) -> Admission:
+        """Make the memory for `slots` workers, before any of them is forked."""
+        return cls._make(slots, os.memfd_create("scalellm_admission", os.MFD_CLOEXEC))
+
+    @classmethod
+    def private(cls) -> Admission:
+        """Counters of a server that is one process: no lock."""
+        return cls._make(1, None)
+
+    @classmethod
+    def _make(cls, slots: int, lock: int | None) -> Admission:
+        entries = MOST_TENANTS + 1
+        words = memoryview(mmap.mmap(-1, entries * _FIELDS * slots * 8)).cast("q")
+        return cls(words, mmap.mmap(-1, entries * _DIGEST), slots, lock)
+
+    def for_slot(self, slot: int) -> Admission:
+        """Return the same counters for the worker in `slot`, after the fork."""
+        assert 0 <= slot < self._slots, (slot, self._slots)
+        made = Admission(self._words, self._names, self._slots, self._lock)
+        made._slot = slot
+        return made
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """For what is rare; the hot functions write it out, which is 1 µs cheaper."""
+        self._acquire()
+        try:
+            yield
+        finally:
+            self._release()
+
+    def _acquire(self) -> None:
+        if self._lock is not None:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX)
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            fcntl.lockf(self._lock, fcntl.LOCK_UN)
+
+    # Names
+
+    def index(self, tenant: str) -> int:
+        """Return the number under which all workers count this tenant; never 0.
+
+        Raises:
+            ConfigError: there have been too many names since the server was started.
+        """
+        known = self._known.get(tenant)
+        if known is None:
+            digest = hashlib.blake2b(tenant.encode(), digest_size=_DIGEST).digest()
+            with self._locked():
+                known = self._known[tenant] = self._find(tenant, digest)
+        return known
+
+    def _find(self, tenant: str, digest: bytes) -> int:
+        free = bytes(_DIGEST)
+        for entry in range(1, MOST_TENANTS + 1):
+            at = entry * _DIGEST
+            there = self._names[at : at + _DIGEST]
+            if there == free:
+                self._names[at : at + _DIGEST] = digest
+                return entry
+            if there == digest:
+                return entry
+        raise ConfigError(
+            f"tenant {tenant!r}: this server has seen {MOST_TENANTS} tenants' names since it was "
+            "started, the most it can count. Restart it to forget those that are gone"
+        )
+
+    # Looking
+
+    def _sum(self, entry: int, field: int) -> int:
+        at = (entry * _FIELDS + field) * self._slots
+        return sum(self._words[at : at + self._slots])
+
+    def used(self, entry: int) -> list[int]:
+        """Return what the server (0) or a tenant has at the moment, in the order of `GAUGES`."""
+        return [self._sum(entry, gauge) for gauge in range(len(GAUGES))]
+
+    def left(self, entry: int) -> list[int]:
+        """Return what has left each gauge since the server was started; only ever grows."""
+        return [self._sum(entry, _LEFT + gauge) for gauge in range(len(GAUGES))]
+
+    # Changing
+
+    def _add(self, entry: int, gauge: int, amount: int) -> None:
+        self._words[(entry * _FIELDS + gauge) * self._slots + self._slot] += amount
+
+    def _take(self, entry: int, gauge: int, amount: int) -> None:
+        at = (entry * _FIELDS + gauge) * self._slots + self._slot
+        self._words[at] -= amount
+        self._words[at + _LEFT * self._slots] += amount
+
+    def enter(
+        self, tenant: str, entry: int, bounds: Bounds = _NONE, server_bounds: Bounds = _NONE
+    ) -> Refusal | None:
+        """Count one more request, queued, whose prompt is not known yet; or say why not.
+
+        It is refused when a limit on requests has no room for it, or when prompt tokens have
+        reached theirs. `entry` is the tenant's number, `server_bounds` are those of all tenants.
+        """
+        self._acquire()
+        try:
+            refusal = self._full(tenant, entry, bounds) or self._full(None, SERVER, server_bounds)
+            if refusal is None:
+                for each in (entry, SERVER):
+                    self._add(each, REQUESTS, 1)
+                    self._add(each, QUEUED_REQUESTS, 1)
+            return refusal
+        finally:
+            self._release()
+
+    def _full(self, tenant: str | None, entry: int, bounds: Bounds) -> Refusal | None:
+        for gauge, limit in enumerate(bounds):
+            if limit is not None and (used := self._sum(entry, gauge)) >= limit:
+                return Refusal(tenant, gauge, limit, used, 1)
+        return None
+
+    def prompt(
+        self,
+        tenant: str,
+        entry: int,
+        tokens: int,
+        bounds: Bounds = _NONE,
+        server_bounds: Bounds = _NONE,
+    ) -> Refusal | None:
+        """Count a prompt of `tokens`, queued, now that it is known; or say why not.
+
+        A prompt that is larger than what is left of a limit is refused, unless there is no other:
+        else one that is larger than the limit could never be served.
+        """
+        self._acquire()
+        try:
+            refusal = self._too_long(tenant, entry, tokens, bounds)
+            refusal = refusal or self._too_long(None, SERVER, tokens, server_bounds)
+            if refusal is None:
+                self.add_tokens(entry, tokens)
+            return refusal
+        finally:
+            self._release()
+
+    def _too_long(
+        self, tenant: str | None, entry: int, tokens: int, bounds: Bounds
+    ) -> Refusal | None:
+        for gauge in (PROMPT_TOKENS, QUEUED_PROMPT_TOKENS):
+            limit = bounds[gauge]
+            if limit is not None:
+                used = self._sum(entry, gauge)
+                if used and used + tokens > limit:
+                    return Refusal(tenant, gauge, limit, used, tokens)
+        return None
+
+    def add_tokens(self, entry: int, tokens: int) -> None:
+        """Count more prompt tokens of an admitted request, whatever the limits."""
+        for each in (entry, SERVER):
+            self._add(each, PROMPT_TOKENS, tokens)
+            self._add(each, QUEUED_PROMPT_TOKENS, tokens)
+
+    def dequeue(self, entry: int, requests: int, tokens: int) -> None:
+        """Requests with so many prompt tokens are no longer queued: they have a first token."""
+        for each in (entry, SERVER):
+            if requests:
+                self._take(each, QUEUED_REQUESTS, requests)
+            if tokens:
+                self._take(each, QUEUED_PROMPT_TOKENS, tokens)
+
+    def leave(self, entry: int, requests: int, tokens: int) -> None:
+        """Requests with so many prompt tokens are no longer in flight (nor queued: see above)."""
+        for each in (entry, SERVER):
+            if requests:
+                self._take(each, REQUESTS, requests)
+            if tokens:
+                self._take(each, PROMPT_TOKENS, tokens)
+
+    def forget(self, slot: int) -> None:
+        """Clear what a worker that is gone had in flight. Called by its supervisor, before the
+        slot has another worker, so the words have no other writer."""
+        names = sum(1 for _ in self._entries())
+        for entry in range(names + 1):
+            for gauge in range(len(GAUGES)):
+                self._words[(entry * _FIELDS + gauge) * self._slots + slot] = 0
+
+    def _entries(self) -> Iterator[int]:
+        free = bytes(_DIGEST)
+        for entry in range(1, MOST_TENANTS + 1):
+            if self._names[entry * _DIGEST : (entry + 1) * _DIGEST] == free:
+                return
+            yield entry
+
+
+class Ticket:
+    """One admitted request, from its headers to its end. Every method may be called too often."""
+
+    __slots__ = (
+        "_admission",
+        "_checked",
+        "_closing",
+        "_entry",
+        "_open",
+        "_prompts",
+        "_queued",
+        "tenant",
+    )
+
+    def __init__(self, admission: Admission, tenant: str, entry: int) -> None:
+        self._admission = admission
+        self._entry = entry
+        self._prompts: set[Prompt] = set()
+        self._queued = True
+        self._checked = False
+        self._closing = False
+        self._open = True
+        self.tenant = tenant
+
+    def prompt(
+        self,
+        tokens: int,
+        bounds: Bounds = _NONE,
+        server_bounds: Bounds = _NONE,
+        *,
+        running: bool = False,
+    ) -> Prompt | Refusal:
+        """Count a prompt of the request. Only its first can be refused: the rest belongs to it.
+
+        A prompt that is `running` ends by its own `done`; another one with the request.
+        """
+        admission, entry = self._admission, self._entry
+        if not self._open:
+            if not running:
+                return Prompt(self, 0, running)  # its client went away meanwhile
+            # The HTTP exchange is over and the engine gets work all the same: in the background.
+            admission.enter(self.tenant, entry)
+            self._open = self._queued = True
+        if not self._checked:
+            refusal = admission.prompt(self.tenant, entry, tokens, bounds, server_bounds)
+            if refusal is not None:
+                self._close()
+                return refusal
+            self._checked = True
+        else:
+            admission.add_tokens(entry, tokens)
+        made = Prompt(self, tokens, running)
+        self._prompts.add(made)
+        return made
+
+    def first(self) -> None:
+        """The request's first token has come, and with it that of prompts that are not running."""
+        if self._queued and self._open:
+            self._queued = False
+            self._admission.dequeue(self._entry, 1, 0)
+            for prompt in self._prompts:
+                if not prompt.running:
+                    prompt.first()
+
+    def leave(self) -> None:
+        """The request is answered, or nobody waits for it.
+
+        What the engine still works on for it (a response in the background) stays counted, and the
+        request with it.
+        """
+        self._closing = True
+        for prompt in [prompt for prompt in self._prompts if not prompt.running]:
+            prompt.done()
+        self._close()
+
+    def _close(self) -> None:
+        if self._closing and self._open and not self._prompts:
+            self.first()
+            self._open = False
+            self._admission.leave(self._entry, 1, 0)
+
+
+class Prompt:
+    """One prompt of a request, made by `Ticket.prompt`."""
+
+    __slots__ = ("_queued", "_ticket", "_tokens", "running")
+
+    def __init__(self, ticket: Ticket, tokens: int, running: bool) -> None:
+        self._ticket = ticket
+        self._tokens = tokens
+        self._queued = True
+        self.running = running
+
+    def grow(self, tokens: int) -> None:
+        """The prompt turned out to have so many more tokens."""
+        ticket = self._ticket
+        if self in ticket._prompts and self._queued:
+            self._tokens += tokens
+            ticket._admission.add_tokens(ticket._entry, tokens)
+
+    def first(self) -> None:
+        """Its first token has come; so the request has one."""
+        ticket = self._ticket
+        if self._queued and self in ticket._prompts:
+            self._queued = False
+            ticket._admission.dequeue(ticket._entry, 0, self._tokens)
+            ticket.first()
+
+    def done(self) -> None:
+        """The engine has done with it."""
+        ticket = self._ticket
+        if self in ticket._prompts:
+            if self._queued:
+                self._queued = False
+                ticket._admission.dequeue(ticket._entry, 0, self._tokens)
+            ticket._prompts.discard(self)
+            ticket._admission.leave(ticket._entry, 0, self._tokens)
+            ticket._close()

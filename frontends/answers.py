@@ -1,0 +1,363 @@
+"""A request in the fast lane, from the engine's first output to the last byte.
+
+An `Answer` stands in vLLM's `OutputProcessor.request_states` among vLLM's own: so counting,
+admission, aborts and errors of vLLM reach it like any other (`put`, `make_request_output`, and the
+attributes that vLLM's functions read). What it does not have is a queue and a task: outputs are
+pushed through it within the engine's step, and bytes leave in the same turn of the event loop.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+from .stops import StopText
+from .templates import CACHED, COMPLETION, CREATED, FINISH, ID, PROMPT, STOP, TEXT, TOTAL
+from .timing import Clock, server_timing
+
+if TYPE_CHECKING:
+    from .connection import FastLaneProtocol
+    from .detokenize import TokenStream
+    from .lane import Lane
+    from .routes import Ask
+    from .templates import StreamTemplates, Template
+
+_LAST_CHUNK = b"0\r\n\r\n"
+
+
+class Answer:
+    """What both kinds share. Sub-classes define `advance`, `end` and `flush`."""
+
+    # Constants where vLLM's RequestState has variables.
+    parent_req = None
+    lora_name = None
+    streaming_input = False
+    detokenizer = None
+
+    def __init__(self, lane: Lane, connection: FastLaneProtocol, cycle: Any, ask: Ask) -> None:
+        self.lane = lane
+        self.connection = connection
+        self.cycle = cycle
+        self.ask = ask
+        self.clock = Clock()
+        self.paused = False
+        self.waiting = False
+        """Whether the lane will call `flush` at the end of this turn."""
+        self.over = False
+        """No more outputs are expected: finished, failed, aborted or left alone."""
+        self.num_tokens = 0
+        self.hold: int | None = None
+        """Tokens that the engine is asked to send together; 0: all of them."""
+        self.length: int | None = None
+        """Bytes of the body, where they were announced."""
+        self.extra_headers: list[bytes] = []
+        # What vLLM's functions read.
+        self.queue = self
+        self.request_id = ""
+        self.external_req_id = ""
+        self.prompt_len = 0
+        self.max_tokens_param: int | None = None
+        self.is_prefilling = True
+        self.num_cached_tokens = 0
+        self.stats: Any = None
+        self.last_ts = 0.0
+
+    def admitted(self, request: Any, stats: Any) -> None:
+        """Take over what vLLM made of the request (an `EngineCoreRequest`)."""
+        self.request_id = request.request_id
+        self.external_req_id = request.external_req_id
+        self.prompt_ids = request.prompt_token_ids
+        self.prompt_len = len(self.prompt_ids)
+        params = request.sampling_params
+        self.max_tokens_param = params.max_tokens
+        self.stats = stats
+        self.keep_stop = params.include_stop_str_in_output
+        self.special = (params.skip_special_tokens, params.spaces_between_special_tokens)
+        self.stop: StopText | None = None
+        if params.stop:
+            self.stop = StopText(
+                params.stop, include_stop=self.keep_stop, min_tokens=params.min_tokens
+            )
+
+    # Called by vLLM's OutputProcessor
+
+    def make_request_output(self, *_args: Any, **_kwargs: Any) -> Answer:
+        """vLLM makes the last output of a request that it aborts; ours is the answer itself."""
+        return self
+
+    def put(self, output: Any) -> None:
+        """The end, from outside: vLLM aborted the request, or the engine failed."""
+        if isinstance(output, Exception):
+            self.fail(output)
+        elif not self.over:
+            self.end("abort", None)
+            self.flush()
+
+    # Called by the lane
+
+    def advance(self, token_ids: list[int], *, stopped: bool) -> str | None:
+        """Take a step's tokens; return the stop string that they complete, if any.
+
+        `stopped`: the last token ended the request and its text does not count.
+        """
+        raise NotImplementedError
+
+    def end(self, reason: str, stop_reason: int | str | None) -> None:
+        """Note how it ended; the next `flush` writes it."""
+        raise NotImplementedError
+
+    def flush(self) -> None:
+        """Write what there is to write, unless the client cannot take it now."""
+        raise NotImplementedError
+
+    def fail(self, error: Exception) -> None:
+        """The request cannot go on."""
+        raise NotImplementedError
+
+    def gone(self) -> None:
+        """The client went away."""
+        if not self.over:
+            self.over = True
+            self.lane.abort(self)
+        self.lane.closed(self, 499)
+
+    def counts(self, tokens: int) -> dict[str, bytes]:
+        """Token counts, for templates."""
+        return {
+            PROMPT: b"%d" % self.prompt_len,
+            COMPLETION: b"%d" % tokens,
+            TOTAL: b"%d" % (self.prompt_len + tokens),
+            CACHED: b"%d" % self.num_cached_tokens,
+        }
+
+    def _identity(self) -> dict[str, bytes]:
+        name = json.dumps(self.ask.request_id, ensure_ascii=False)[1:-1]
+        return {ID: name.encode("utf-8", "surrogatepass"), CREATED: b"%d" % self.ask.created}
+
+
+class StreamedAnswer(Answer):
+    """Server-sent events, one per step unless the client or this worker is slower."""
+
+    def __init__(
+        self,
+        lane: Lane,
+        connection: FastLaneProtocol,
+        cycle: Any,
+        ask: Ask,
+        templates: StreamTemplates,
+        interval: int,
+    ) -> None:
+        super().__init__(lane, connection, cycle, ask)
+        self.templates = templates
+        self.interval = interval
+        if interval > 1 and not ask.body.stop:
+            self.hold = interval
+        self.tokens_shown = 0
+        self.text = b""
+        """Escaped text that was not written yet."""
+        self.begun = False
+        self.last: tuple[str, int | str | None] | None = None
+        self.stream: TokenStream | None = None
+        self.head_lines = b""
+
+    def send_headers(self) -> None:
+        """Send the headers if they are still here."""
+        lines, self.head_lines = self.head_lines, b""
+        if lines and not self.cycle.disconnected:
+            self.connection.write(lines)
+
+    def admitted(self, request: Any, stats: Any) -> None:
+        """As the base; from here on vLLM, too, answers with 200.
+
+        The headers leave with the first token: one write and one wake-up of the client less. Where
+        that takes long, they go ahead (`send_headers`).
+        """
+        super().admitted(request, stats)
+        skip, spaces = self.special
+        self.stream = self.lane.detokenizer.stream(
+            self.prompt_ids, skip_special_tokens=skip, spaces_between_special_tokens=spaces
+        )
+        identity = self._identity()
+        self._bound = identity
+        if not self.templates.counts:
+            self.head, self.tail = self.templates.delta.bind(identity).around(TEXT)
+            self.fixed = len(self.head) + len(self.tail)
+        self.head_lines = self.lane.start(self, 200, b"text/event-stream; charset=utf-8", None)
+        self.lane.hold_back(self)
+
+    def advance(self, token_ids: list[int], *, stopped: bool) -> str | None:
+        """See the base."""
+        self.num_tokens += len(token_ids)
+        stream = self.stream
+        assert stream is not None
+        if self.stop is not None:
+            matched = self.stop.push(stream, token_ids, stop_terminated=stopped)
+            self.num_tokens = self.stop.num_tokens
+            if matched is None and not stopped:
+                self._add(self.stop.delta(finished=False))
+            return matched
+        if stopped and not self.keep_stop:
+            token_ids = token_ids[:-1]
+        for token_id in token_ids:
+            self.text += stream.feed_json(token_id)
+        return None
+
+    def _add(self, text: str) -> None:
+        if text:
+            self.text += self.lane.escape(text)
+
+    def end(self, reason: str, stop_reason: int | str | None) -> None:
+        """See the base."""
+        if self.stop is not None:
+            self._add(self.stop.delta(finished=True))
+        self.over = True
+        self.last = (reason, stop_reason)
+
+    def flush(self) -> None:
+        """See the base."""
+        self.waiting = False
+        if self.paused or self.cycle.disconnected:
+            return
+        if self.begun and self.last is None and not self.templates.counts:
+            if self.text and self._due():
+                text, self.text = self.text, b""
+                self.tokens_shown = self.num_tokens
+                self.connection.write(
+                    b"%x\r\n%b%b%b\r\n" % (self.fixed + len(text), self.head, text, self.tail)
+                )
+            return
+        self._flush_rarely()
+
+    def _due(self) -> bool:
+        # vLLM's --stream-interval: the first token, then every so many, and the last.
+        return self.interval <= 1 or self.num_tokens - self.tokens_shown >= self.interval
+
+    def _flush_rarely(self) -> None:
+        """The first events, the last ones, and those that carry counts."""
+        if self.last is None and self.begun and not self._due():
+            return
+        events = []
+        if not self.begun:
+            self.begun = True
+            events.append(self.templates.first.render({**self._bound, **self.counts(0)}))
+        text, self.text = self.text, b""
+        fresh = self.num_tokens > self.tokens_shown
+        self.tokens_shown = self.num_tokens
+        values = {**self._bound, **self.counts(self.num_tokens), TEXT: text}
+        if self.last is None:
+            if text or (fresh and self.templates.counts):
+                events.append(self.templates.delta.render(values))
+            self._write(events)
+            return
+        reason, stop_reason = self.last
+        values[FINISH] = json.dumps(reason).encode()
+        values[STOP] = json.dumps(stop_reason, ensure_ascii=False).encode()
+        events.append(self.templates.finish.render(values))
+        if self.templates.usage is not None:
+            events.append(self.templates.usage.render(values))
+        self._close([*events, self.templates.done])
+
+    def _write(self, events: list[bytes], closing: bytes = b"") -> None:
+        body = b"".join(events)
+        chunk = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
+        if chunk or closing:
+            lines, self.head_lines = self.head_lines, b""
+            self.connection.write(lines + chunk + closing)
+
+    def _close(self, events: list[bytes]) -> None:
+        self.last = None
+        self._write(events, _LAST_CHUNK)
+        self.lane.closed(self, 200)
+        self.connection.finish(self.cycle)
+
+    def fail(self, error: Exception) -> None:
+        """The status is out: the error is an event, as in vLLM."""
+        if self.over:
+            return
+        self.over = True
+        if self.cycle.disconnected:
+            return
+        event = self.ask.route.stream_error(error)
+        self._close([event, self.templates.done])
+
+
+class WholeAnswer(Answer):
+    """One JSON document at the end. Text is made once, when the last token is there."""
+
+    def __init__(
+        self, lane: Lane, connection: FastLaneProtocol, cycle: Any, ask: Ask, template: Template
+    ) -> None:
+        super().__init__(lane, connection, cycle, ask)
+        self.template = template
+        if not ask.body.stop:
+            self.hold = 0
+        self.token_ids: list[int] = []
+        self.body: bytes | None = None
+        self.dropped = False
+
+    def admitted(self, request: Any, stats: Any) -> None:
+        """As the base; stop strings are looked for as tokens come."""
+        super().admitted(request, stats)
+        if self.stop is not None:
+            skip, spaces = self.special
+            self.stream = self.lane.detokenizer.stream(
+                self.prompt_ids, skip_special_tokens=skip, spaces_between_special_tokens=spaces
+            )
+
+    def advance(self, token_ids: list[int], *, stopped: bool) -> str | None:
+        """See the base."""
+        if self.stop is not None:
+            matched = self.stop.push(self.stream, token_ids, stop_terminated=stopped)
+            self.num_tokens = self.stop.num_tokens
+            return matched
+        self.token_ids += token_ids
+        self.num_tokens = len(self.token_ids)
+        self.dropped = stopped and not self.keep_stop
+        return None
+
+    def end(self, reason: str, stop_reason: int | str | None) -> None:
+        """See the base."""
+        self.over = True
+        if self.stop is not None:
+            text = self.stop.text
+        else:
+            skip, spaces = self.special
+            text = self.lane.detokenizer.text(
+                self.prompt_ids,
+                self.token_ids[:-1] if self.dropped else self.token_ids,
+                skip_special_tokens=skip,
+                spaces_between_special_tokens=spaces,
+            )
+        values = {**self._identity(), **self.counts(self.num_tokens)}
+        values[TEXT] = self.lane.escape(text)
+        values[FINISH] = json.dumps(reason).encode()
+        values[STOP] = json.dumps(stop_reason, ensure_ascii=False).encode()
+        self.body = self.template.render(values)
+
+    def flush(self) -> None:
+        """See the base."""
+        self.waiting = False
+        if self.body is not None and not self.cycle.disconnected:
+            body, self.body = self.body, None
+            self._respond(200, body)
+
+    def _respond(self, status: int, body: bytes) -> None:
+        self.length = len(body)
+        if status == 200:
+            self.clock.done = time.monotonic()
+            stages = self.lane.stages_of(self)
+            if stages is not None:
+                self.extra_headers.append(server_timing(stages))
+        lines = self.lane.start(self, status, b"application/json", body)
+        self.connection.write(lines + body)
+        self.lane.closed(self, status)
+        self.connection.finish(self.cycle)
+
+    def fail(self, error: Exception) -> None:
+        """See the base."""
+        if self.over:
+            return
+        self.over = True
+        if not self.cycle.disconnected:
+            self._respond(*self.ask.route.error(error))

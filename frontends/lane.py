@@ -1,0 +1,394 @@
+"""The fast lane of one API server process: two hot routes without tasks, queues or pydantic.
+
+`take` turns a complete HTTP request into a request of the engine, or declines, and then vLLM's own
+application serves the same bytes. `on_outputs` takes the lane's outputs out of a step before vLLM's
+output processor sees them: one pass, no task switch, one write per stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from scalellm_plugins.engine.holding import KEPT
+
+from .accounting import Accounting
+from .answers import Answer, StreamedAnswer, WholeAnswer
+from .detokenize import Detokenizer, escape
+from .headers import HeaderReader
+from .latency import StepLatencies
+from .link import Link
+from .requests import RequestMaker
+from .routes import Ask, ChatRoute, CompletionRoute, Route
+from .segments import Plan
+from .timing import Stages
+
+if TYPE_CHECKING:
+    from .connection import FastLaneProtocol
+
+logger = logging.getLogger("vllm.scalellm")
+
+INLINE_CHARS = 8192
+"""Prompts with fewer characters to tokenize do it in the event loop: ~1 ms at 0.1 µs each."""
+
+HEADERS_S = 0.05
+"""How long the headers of a stream wait for its first token."""
+
+
+class Lane:
+    """See the module. `routes` by path; `states` is vLLM's `OutputProcessor.request_states`."""
+
+    def __init__(
+        self,
+        engine_client: Any,
+        routes: Iterable[Route],
+        detokenizer: Detokenizer,
+        headers: HeaderReader,
+        accounting: Accounting,
+    ) -> None:
+        self.engine_client = engine_client
+        self.routes = {route.path: route for route in routes}
+        tasks = engine_client._supported_tasks
+        self.makers = {
+            path: RequestMaker(engine_client, route, tasks) for path, route in self.routes.items()
+        }
+        self.detokenizer = detokenizer
+        self.headers = headers
+        self.accounting = accounting
+        self.escape = escape
+        self.processor = engine_client.output_processor
+        self.states: dict[str, Any] = self.processor.request_states
+        self.loop = asyncio.get_running_loop()
+        self.threads = concurrent.futures.ThreadPoolExecutor(1, "scalellm-tokenize")
+        self.latencies = StepLatencies(engine_client)
+        self.stages = Stages()
+        self.server_interval: int = engine_client.vllm_config.scheduler_config.stream_interval
+        self.link: Link | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._fresh: list[Answer] = []
+        self._flushing = False
+        self._headless: list[StreamedAnswer] = []
+        self._upstream: Callable[..., Any] = self.processor.process_outputs
+        from vllm.v1.engine import FinishReason
+        from vllm.v1.metrics.stats import IterationStats, RequestStateStats
+
+        self._stop = FinishReason.STOP
+        self._error = FinishReason.ERROR
+        self._iteration_stats = IterationStats
+        self._stats: Any = RequestStateStats if self.processor.log_stats else None
+
+    # Requests
+
+    def may_take(self, cycle: Any) -> bool:
+        """Whether a request, of which only the headers are known, could be for the lane."""
+        scope = cycle.scope
+        return (
+            scope["path"] in self.routes
+            and scope["method"] == "POST"
+            and not cycle.waiting_for_100_continue
+        )
+
+    def take(self, connection: FastLaneProtocol, cycle: Any) -> bool:
+        """Serve a complete request; False to leave it to vLLM. Never raises."""
+        route = self.routes[cycle.scope["path"]]
+        try:
+            taken = self._take(connection, cycle, route)
+        except Exception:
+            logger.exception("the fast lane failed on a request; vLLM's own code serves it")
+            taken = False
+        self.accounting.routed(route.path, fast=taken)
+        return taken
+
+    def _take(self, connection: FastLaneProtocol, cycle: Any, route: Route) -> bool:
+        arrived = time.monotonic()
+        asked = self.headers.read(cycle.scope["headers"])
+        if asked is None or self.engine_client.errored:
+            return False
+        raw = bytes(cycle.body)
+        ask = route.read(raw, asked, os.urandom(8).hex())
+        if ask is None or not self.headers.serves(ask.body.model):
+            return False
+        plan = route.plan(ask)
+        if plan is None:
+            return False
+        answer = self._answer(connection, cycle, ask)
+        answer.clock.arrived = arrived
+        if isinstance(plan, Plan) and plan.missing_chars > INLINE_CHARS:
+            connection.answer = answer
+            self._spawn(self._admit_long(answer, plan))
+            return True
+        if isinstance(plan, Plan):
+            ids = plan.encode()
+            plan.commit()
+        else:
+            ids = plan
+        return self._admit(answer, ids)
+
+    def _answer(self, connection: FastLaneProtocol, cycle: Any, ask: Ask) -> Answer:
+        if ask.kind is None:
+            return WholeAnswer(self, connection, cycle, ask, ask.route.full)
+        interval = max(ask.body.stream_interval or 1, self.server_interval)
+        return StreamedAnswer(self, connection, cycle, ask, ask.route.streams[ask.kind], interval)
+
+    async def _admit_long(self, answer: Answer, plan: Plan) -> None:
+        """Tokenize a long prompt in a thread (the tokenizer lets go of the GIL), then go on."""
+        try:
+            ids = await self.loop.run_in_executor(self.threads, plan.encode)
+            plan.commit()
+            if answer.over:
+                return
+            admitted = self._admit(answer, ids)
+        except Exception:
+            logger.exception("the fast lane failed on a long prompt; vLLM's own code serves it")
+            admitted = False
+        if not admitted and not answer.over:
+            answer.over = True
+            answer.connection.pass_on(answer.cycle)
+
+    def _admit(self, answer: Answer, ids: list[int]) -> bool:
+        """Make vLLM's request of it and hand it to the engine; False when vLLM refuses it."""
+        answer.clock.tokenized = time.monotonic()
+        route = answer.ask.route
+        if not 0 < len(ids) < route.max_model_len:
+            return False
+        admitted = answer.connection.admitted
+        extra = None if admitted is None else admitted.extra
+        request = self.makers[route.path].make(answer.ask, ids, answer.hold, extra)
+        if request is None:
+            return False
+        if admitted is not None and not admitted.admit_prompt(answer.connection, len(ids)):
+            answer.over = True
+            return True
+        stats = self._stats and self._stats(arrival_time=request.arrival_time)
+        self.states[request.request_id] = answer
+        self.processor.external_req_ids[request.external_req_id].append(request.request_id)
+        answer.connection.answer = answer
+        answer.admitted(request, stats)
+        self._send(answer, request)
+        return True
+
+    def _send(self, answer: Answer, request: Any) -> None:
+        if self.link is None:
+            self._spawn(self._send_by_vllm(answer, request))
+            return
+        try:
+            self.link.add(request)
+        except Exception as error:
+            self._forget(answer)
+            answer.put(error)
+
+    async def _send_by_vllm(self, answer: Answer, request: Any) -> None:
+        try:
+            await self.engine_client.engine_core.add_request_async(request)
+        except Exception as error:
+            self._forget(answer)
+            answer.put(error)
+
+    def _spawn(self, work: Any) -> None:
+        task = self.loop.create_task(work)
+        self._tasks.add(task)  # the loop itself keeps only weak references
+        task.add_done_callback(self._tasks.discard)
+
+    # Outputs
+
+    def on_outputs(
+        self,
+        outputs: list[Any],
+        timestamp: Any = None,
+        stats: Any = None,
+        **others: Any,
+    ) -> Any:
+        """Stand in for `OutputProcessor.process_outputs`: ours here, the rest to vLLM's."""
+        states = self.states
+        rest = []
+        aborts: list[str] = []
+        latencies = self.latencies
+        fresh = self._fresh
+        for output in outputs:
+            answer = states.get(output.request_id)
+            if not isinstance(answer, Answer):
+                rest.append(output)
+                continue
+            try:
+                token_ids = output.new_token_ids
+                reason = output.finish_reason
+                if answer.hold is not None:
+                    self._count_held(answer, output, timestamp, stats)
+                elif stats is not None:
+                    if answer.is_prefilling or output.events is not None:
+                        self._count_unusual(answer, output, timestamp, stats)
+                    else:
+                        # What IterationStats.update_from_output does in the steady state.
+                        known = answer.stats
+                        stats.num_generation_tokens += len(token_ids)
+                        known.num_generation_tokens += len(token_ids)
+                        latencies.add(timestamp, known.last_token_ts, stats)
+                        known.last_token_ts = timestamp
+                elif answer.is_prefilling:
+                    self._first(answer, output)
+                matched = answer.advance(token_ids, stopped=reason is self._stop)
+                if reason is not None or matched is not None:
+                    self._finished(answer, output, matched, stats, aborts)
+                if not answer.waiting:
+                    answer.waiting = True
+                    fresh.append(answer)
+            except Exception as error:
+                logger.exception("the fast lane failed on an output of %s", output.request_id)
+                aborts.append(output.request_id)
+                self._forget(answer)
+                answer.put(error)
+        latencies.close(timestamp)
+        if fresh and not self._flushing:
+            # After the steps that are already here: a worker that is late makes larger events.
+            self._flushing = True
+            self.loop.call_soon(self._flush)
+        result = self._upstream(rest, timestamp, stats, **others)
+        if aborts:
+            result.reqs_to_abort.extend(aborts)
+        return result
+
+    def _first(self, answer: Answer, output: Any) -> None:
+        answer.is_prefilling = False
+        if answer.connection.admitted is not None:
+            answer.connection.admitted.first()
+        prefill = output.prefill_stats
+        if prefill is not None:
+            answer.num_cached_tokens = prefill.num_cached_tokens
+
+    def _count_unusual(self, answer: Answer, output: Any, timestamp: Any, stats: Any) -> None:
+        self.processor._update_stats_from_output(answer, output, timestamp, stats)
+        if answer.is_prefilling:
+            self._first(answer, output)
+
+    def _count_held(self, answer: Answer, output: Any, timestamp: Any, stats: Any) -> None:
+        """Count an output that may have brought tokens of several steps (see `KEPT`)."""
+        kept = (output.kv_transfer_params or {}).get(KEPT)
+        if stats is None:
+            if answer.is_prefilling:
+                self._first(answer, output)
+            return
+        tokens, last, steps = kept or (0, 0.0, ())
+        if answer.is_prefilling:
+            self._count_unusual(answer, output, timestamp, stats)
+        else:
+            known = answer.stats
+            if output.events is not None:
+                stats.update_from_events(
+                    answer.request_id, output.events, False, known, self.processor.lora_states, None
+                )
+            known.num_generation_tokens += len(output.new_token_ids)
+            stats.num_generation_tokens += len(output.new_token_ids) - tokens
+            self.latencies.add(timestamp, max(last, known.last_token_ts), stats)
+            known.last_token_ts = timestamp
+        if steps:
+            self._count_steps(steps, stats)
+
+    def _count_steps(self, steps: list[Any], stats: Any) -> None:
+        """Count what was kept in steps of the engine: the last is this message's own."""
+        *unsent, (held, latencies) = steps
+        stats.num_generation_tokens += held
+        self.latencies.add_groups(latencies, stats)
+        manager = self.engine_client.logger_manager
+        for tokens, latencies in unsent:
+            if manager is not None:
+                silent = self._iteration_stats()
+                silent.num_generation_tokens = tokens
+                self.latencies.add_groups(latencies, silent)
+                manager.record(scheduler_stats=None, iteration_stats=silent)
+
+    def _finished(
+        self, answer: Answer, output: Any, matched: str | None, stats: Any, aborts: list[str]
+    ) -> None:
+        reason = self._stop if matched is not None else output.finish_reason
+        if matched is not None and output.finish_reason is None:
+            aborts.append(answer.request_id)  # the engine does not know about stop strings
+        self.processor._finish_request(answer)
+        self.processor._update_stats_from_finished(answer, reason, stats)
+        if reason is self._error:
+            from vllm.exceptions import GenerationError
+
+            answer.fail(GenerationError("Internal server error"))
+            return
+        answer.end(str(reason), matched if matched is not None else output.stop_reason)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        fresh, self._fresh = self._fresh, []
+        for answer in fresh:
+            try:
+                answer.flush()
+            except Exception:
+                logger.exception("the fast lane could not write to a client")
+                answer.connection.transport.abort()
+
+    # Endings
+
+    def abort(self, answer: Answer) -> None:
+        """Free what the engine holds for a request that nobody waits for."""
+        if not self._forget(answer):
+            return
+        if self.link is not None:
+            self.link.abort([answer.request_id])
+        else:
+            self._spawn(self.engine_client.engine_core.abort_requests_async([answer.request_id]))
+
+    def _forget(self, answer: Answer) -> bool:
+        if self.states.pop(answer.request_id, None) is None:
+            return False
+        ids = self.processor.external_req_ids.get(answer.external_req_id)
+        if ids and answer.request_id in ids:
+            ids.remove(answer.request_id)
+            if not ids:
+                del self.processor.external_req_ids[answer.external_req_id]
+        return True
+
+    def start(self, answer: Answer, status: int, content_type: bytes, body: bytes | None) -> bytes:
+        """Begin an answer as uvicorn does; return status line and headers."""
+        cycle = answer.cycle
+        cycle.response_started = True
+        self.accounting.started(cycle, status)
+        return self.headers.answer(answer, status, content_type, body)
+
+    def hold_back(self, answer: StreamedAnswer) -> None:
+        """Send this answer's headers in a while, should its first token take so long."""
+        if not self._headless:
+            self.loop.call_later(HEADERS_S, self._send_headers)
+        self._headless.append(answer)
+
+    def _send_headers(self) -> None:
+        waiting, self._headless = self._headless, []
+        for answer in waiting:
+            answer.send_headers()
+
+    def stages_of(self, answer: Answer) -> dict[str, float] | None:
+        """Return how long a finished request took in each stage; None where vLLM keeps no times."""
+        known = answer.stats
+        if known is None or not known.first_token_ts or not answer.clock.tokenized:
+            return None
+        return answer.clock.stages(known)
+
+    def closed(self, answer: Answer, status: int) -> None:
+        """Note the end of an exchange."""
+        if status == 200:
+            answer.clock.done = answer.clock.done or time.monotonic()
+            stages = self.stages_of(answer)
+            if stages is not None:
+                self.stages.count(stages)
+        self.accounting.ended(answer, status, time.time() - answer.ask.arrival_time)
+
+
+def build_routes(state: Any, prompts: Any) -> list[Route]:
+    """Return the routes for which this server has a handler."""
+    routes: list[Route] = []
+    chat = getattr(state, "openai_serving_chat", None)
+    if chat is not None and chat.parser_cls is None and prompts.chat_off is None:
+        routes.append(ChatRoute(chat, prompts))
+    completion = getattr(state, "openai_serving_completion", None)
+    if completion is not None:
+        routes.append(CompletionRoute(completion, prompts))
+    return routes

@@ -1,0 +1,152 @@
+"""The engine's messages without tasks: read in the callback that says they are there.
+
+vLLM receives through zmq.asyncio: a callback, a future and two tasks with a queue between them for
+every message, a third of what an API server spends where answers are not streamed. Here one
+callback reads what there is, and a step is through the lane before it returns; requests and aborts
+leave in the turn that makes them. The sockets, the codec and the order of messages stay vLLM's.
+
+Used where all is plain: vLLM's own `AsyncMPClient`, no multimodal cache. Anything else keeps vLLM's
+tasks, and the lane works all the same (`Link.open` returns None).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import zmq
+
+logger = logging.getLogger("vllm.scalellm")
+
+_AT_ONCE = 64
+"""Messages in a row, before connections get their turn."""
+
+
+class Link:
+    """One API server's side of the connection to one engine."""
+
+    def __init__(self, engine_client: Any) -> None:
+        core = engine_client.engine_core
+        self._client = engine_client
+        self._core = core
+        self._loop = asyncio.get_running_loop()
+        self._outputs: Any = zmq.Socket.shadow(core.resources.output_socket)
+        self._inputs: Any = zmq.Socket.shadow(core.input_socket)
+        self._fd = int(self._outputs.getsockopt(zmq.FD))
+        self._closed = self._loop.create_future()
+        from vllm.v1.engine import EngineCoreRequestType, core_client
+        from vllm.v1.metrics.stats import IterationStats
+
+        self._settle = core_client._process_utility_output
+        self._add_type = EngineCoreRequestType.ADD.value
+        self._abort_type = EngineCoreRequestType.ABORT.value
+        self._statistics = IterationStats
+
+    @classmethod
+    def open(cls, engine_client: Any) -> Link | None:
+        """Take over from vLLM's two tasks; None where only they will do."""
+        core = engine_client.engine_core
+        kind = type(core)
+        plain = (kind.__module__, kind.__name__) == (
+            "vllm.v1.engine.core_client",
+            "AsyncMPClient",
+        )
+        cached = getattr(engine_client.renderer, "mm_processor_cache", None) is not None
+        if not plain or cached:
+            return None
+        tasks = (getattr(core.resources, "output_queue_task", None), engine_client.output_handler)
+        if None in tasks or not core.outputs_queue.empty():
+            return None
+        if getattr(core.vllm_config.parallel_config, "enable_fault_tolerance", False):
+            return None
+        link = cls(engine_client)
+        link._take_over(tasks)
+        return link
+
+    def _take_over(self, tasks: tuple[Any, ...]) -> None:
+        """Stop vLLM's tasks and put one in their place that lives as long as the link does.
+
+        vLLM asks whether they are done to tell whether the engine is reachable, and cancels them at
+        its end.
+        """
+        for task in tasks:
+            task.cancel()
+        guard = self._loop.create_task(self._guard(), name="scalellm-link")
+        self._core.resources.output_queue_task = guard
+        self._client.output_handler = guard
+        self._core.resources.output_socket._clear_io_state()
+        self._loop.add_reader(self._fd, self._read)
+        self._loop.call_soon(self._read)  # what came in between does not make the descriptor ready
+
+    async def _guard(self) -> None:
+        try:
+            await self._closed
+        finally:
+            self._loop.remove_reader(self._fd)
+
+    def _read(self) -> None:
+        """Read all that is there: the descriptor only tells that there is more than before."""
+        try:
+            for _ in range(_AT_ONCE):
+                frames = self._outputs.recv_multipart(zmq.NOBLOCK, copy=False)
+                self._core.resources.validate_alive(frames)
+                self._handle(self._core.decoder.decode(frames))
+            self._loop.call_soon(self._read)
+        except zmq.Again:
+            pass
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        if self._closed.done():
+            return
+        logger.exception("the engine is lost")
+        self._closed.set_result(None)
+        self._client.output_processor.propagate_error(self._core._format_exception(error))
+
+    def _handle(self, outputs: Any) -> None:
+        """What vLLM's two tasks do with a message, in one go."""
+        if outputs.utility_output is not None:
+            self._settle(outputs.utility_output, self._core.utility_results)
+            return
+        if not outputs.outputs and outputs.scheduler_stats is None:
+            return
+        client = self._client
+        processor = client.output_processor
+        stats = self._statistics() if client.log_stats and outputs.outputs else None
+        version = getattr(outputs, "weight_version", None)
+        named = {} if version is None else {"weight_version": version}
+        done = processor.process_outputs(outputs.outputs, outputs.timestamp, stats, **named)
+        if done.reqs_to_abort:
+            self.abort(done.reqs_to_abort)
+        processor.update_scheduler_stats(outputs.scheduler_stats)
+        manager = client._logger_ref[0]
+        if manager is not None:
+            manager.record(
+                engine_idx=outputs.engine_index,
+                scheduler_stats=outputs.scheduler_stats,
+                iteration_stats=stats,
+            )
+
+    def add(self, request: Any) -> None:
+        """Send a request to the engine.
+
+        Raises:
+            EngineDeadError: there is none any more.
+        """
+        core = self._core
+        core.ensure_alive()
+        request.client_index = core.client_index
+        self._send(self._add_type, request)
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Tell the engine to drop requests, if it is alive."""
+        if not self._core.resources.engine_dead:
+            self._send(self._abort_type, request_ids)
+
+    def _send(self, kind: bytes, message: Any) -> None:
+        core = self._core
+        parts = (core.core_engine, kind, *core.encoder.encode(message))
+        # vLLM's sockets have no high-water mark: this does not block.
+        self._inputs.send_multipart(parts, copy=False)

@@ -1,0 +1,155 @@
+"""Requests for the engine: vLLM's own checks once per set of parameters, then copies.
+
+Clients send the same parameters again and again. vLLM builds, verifies and clones them for every
+request (`to_sampling_params` and `InputProcessor.process_inputs`). Here the first request with some
+parameters goes through all that, and what comes out is the pattern for the next: nothing in it
+depends on the prompt, except its length through the clamp on `max_tokens`, which each one gets.
+Prompts given as token ids are checked by vLLM each time.
+"""
+
+from __future__ import annotations
+
+import logging
+from copy import copy
+from operator import attrgetter
+from typing import Any
+
+import msgspec
+
+from scalellm_plugins.engine.holding import HOLD
+
+from .routes import Ask, Route
+
+logger = logging.getLogger("vllm.scalellm")
+
+_PATTERNS = 1024
+"""Sets of parameters that are remembered; a client that varies one with every request fills it."""
+
+_OF_THE_REQUEST = frozenset(
+    {
+        "messages",
+        "prompt",
+        "model",
+        "max_tokens",
+        "max_completion_tokens",
+        "request_id",
+        "session_id",
+        "cache_salt",
+        "priority",
+        "user",
+        "store",
+        "metadata",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "stream_options",
+        "add_generation_prompt",
+        "continue_final_message",
+        "add_special_tokens",
+        "parallel_tool_calls",
+    }
+)
+"""Fields that do not end up in the sampling parameters, or are applied to each request."""
+
+
+class _Pattern:
+    """A checked request, and its parameters by `max_tokens`."""
+
+    __slots__ = ("params", "request")
+
+    def __init__(self, request: Any) -> None:
+        self.request = request
+        self.params = {request.sampling_params.max_tokens: request.sampling_params}
+
+
+class RequestMaker:
+    """Makes `EngineCoreRequest`s for one route."""
+
+    def __init__(self, engine_client: Any, route: Route, supported_tasks: tuple[str, ...]) -> None:
+        from vllm.inputs import tokens_input
+
+        self._client = engine_client
+        self._route = route
+        self._tasks = supported_tasks
+        self._tokens_input = tokens_input
+        self._patterns: dict[Any, _Pattern] = {}
+        fields = route.decoder.type.__struct_fields__
+        self._parameters = attrgetter(*[name for name in fields if name not in _OF_THE_REQUEST])
+
+    def make(
+        self, ask: Ask, ids: list[int], hold: int | None, extra: dict[str, Any] | None = None
+    ) -> Any:
+        """Return an `EngineCoreRequest`, or None: then vLLM's own code answers with the reason.
+
+        Args:
+            ask: what the client wants.
+            ids: its prompt.
+            hold: how many tokens the engine shall keep together; 0 all, None sends each.
+            extra: more extra arguments, for the engine's side of this package.
+        """
+        try:
+            self._client.check_admission()
+            request = self._make(ask, ids, hold, extra)
+        except Exception as error:
+            logger.debug("left to vLLM's own code: %s", error)
+            return None
+        self._client.input_processor.assign_request_id(request)
+        return request
+
+    def _make(self, ask: Ask, ids: list[int], hold: int | None, extra: Any) -> Any:
+        body = ask.body
+        key: Any = (self._parameters(body), hold, tuple(extra.items()) if extra else None)
+        try:
+            pattern = self._patterns.get(key)
+        except TypeError:  # a list or a mapping among the parameters
+            key = (msgspec.json.encode(key[0]), *key[1:])
+            pattern = self._patterns.get(key)
+        if pattern is None or isinstance(getattr(body, "prompt", None), list):
+            return self._checked(ask, ids, hold, extra, key)
+        most = self._route.max_tokens(body, len(ids))
+        params = pattern.params.get(most)
+        if params is None:
+            params = self._with_max_tokens(pattern, most)
+        request = copy(pattern.request)
+        request.request_id = ask.engine_id
+        request.prompt_token_ids = ids
+        request.sampling_params = params
+        request.arrival_time = ask.arrival_time
+        request.cache_salt = body.cache_salt
+        request.priority = body.priority if ask.priority is None else ask.priority
+        request.session_id = ask.session_id
+        request.external_req_id = None
+        return request
+
+    def _checked(self, ask: Ask, ids: list[int], hold: int | None, extra: Any, key: Any) -> Any:
+        """Make it as vLLM does, with all its checks, and remember it."""
+        body = ask.body
+        params = self._route.sampling_params(ask, len(ids))
+        added = dict(extra or ())
+        if hold is not None:
+            added[HOLD] = hold
+        if added:
+            params.extra_args = {**(params.extra_args or {}), **added}
+        request = self._client.input_processor.process_inputs(
+            ask.engine_id,
+            self._tokens_input(ids, cache_salt=body.cache_salt),
+            params,
+            supported_tasks=self._tasks,
+            arrival_time=ask.arrival_time,
+            priority=body.priority if ask.priority is None else ask.priority,
+            session_id=ask.session_id,
+        )
+        if len(self._patterns) >= _PATTERNS:
+            self._patterns.clear()
+        self._patterns[key] = _Pattern(copy(request))
+        return request
+
+    def _with_max_tokens(self, pattern: _Pattern, most: int) -> Any:
+        known = pattern.request.sampling_params
+        if most < max(1, known.min_tokens):
+            raise ValueError("fewer tokens than vLLM allows")  # its own code says it better
+        params = copy(known)
+        params.max_tokens = most
+        if len(pattern.params) < _PATTERNS:
+            pattern.params[most] = params
+        return params

@@ -1,0 +1,244 @@
+"""Tenants: who sends a request, known from its API key alone, and what they may have in flight.
+
+A tenants file (YAML, or JSON by its ending) is a list of entries::
+
+    - name: acme
+      keys: [9f86d081884c7d65…]        # SHA-256 of each key: `scalellm tenants hash`
+      weight: 2                        # share under contention, for schedulers
+      priority: 0                      # lower is sooner, for schedulers, as in vLLM
+      max_requests: 64                 # limits: see limits.py
+      max_queued_prompt_tokens: 50000
+
+The entry named "default" is everybody with one of vLLM's own `--api-key`s. The file is read again
+when it changes. Pure: imports neither vLLM nor torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from scalellm_plugins.errors import ConfigError, closest_first
+
+from .limits import GAUGES, Limits
+
+logger = logging.getLogger("vllm.scalellm")
+
+DEFAULT = "default"
+TENANT = "scalellm_tenant"
+"""The tenant's name in `sampling_params.extra_args`."""
+
+OPTION = "scalellm.frontend.tenants"
+
+Hash = Annotated[str, Meta(pattern="^[0-9a-fA-F]{64}$")]
+_HASH_WANTED = "64 hexadecimal digits, the SHA-256 of a key: `scalellm tenants hash` makes it"
+
+
+class Tenant(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One entry of the file."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._@:-]{1,64}$")]
+    keys: tuple[Hash, ...] = ()
+    key_hash: Hash | None = None
+    weight: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
+    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
+
+    def hashes(self) -> list[bytes]:
+        """Return the digests of its keys."""
+        given = [*self.keys, *([self.key_hash] if self.key_hash else [])]
+        return [bytes.fromhex(text) for text in given]
+
+
+class TenantBook:
+    """Tenants by key and by name. `api_keys` are vLLM's own, and the default tenant's.
+
+    `closed`: nobody gets in without a key, even if there are no keys.
+    """
+
+    def __init__(
+        self, tenants: Iterable[Tenant] = (), api_keys: Iterable[str] = (), *, closed: bool = False
+    ) -> None:
+        self.by_name = {tenant.name: tenant for tenant in tenants}
+        self.default = self.by_name.setdefault(DEFAULT, Tenant(name=DEFAULT))
+        self._keys = [
+            (digest, tenant) for tenant in self.by_name.values() for digest in tenant.hashes()
+        ]
+        self._keys += [(digest_of(key), self.default) for key in api_keys]
+        self.closed = closed or bool(self._keys)
+
+    def of(self, authorization: bytes | None) -> Tenant | None:
+        """Return whose request has this `Authorization` header; None: nobody's.
+
+        Every key is compared in constant time, 0.1 µs each, so the time says nothing about which
+        one it was or how much of one was right.
+        """
+        if not self.closed:
+            return self.default
+        scheme, _, key = (authorization or b"").partition(b" ")
+        if scheme.lower() != b"bearer":
+            return None
+        # As vLLM: what is not ASCII in a header is Latin-1 to Starlette, and UTF-8 in a hash.
+        digest = hashlib.sha256(key.decode("latin-1").encode()).digest()
+        found = None
+        for known, tenant in self._keys:
+            if secrets.compare_digest(digest, known):
+                found = tenant
+        return found
+
+
+def digest_of(key: str) -> bytes:
+    """Return the SHA-256 under which a key is kept."""
+    return hashlib.sha256(key.encode()).digest()
+
+
+# The file
+
+
+def load(path: str) -> list[Tenant]:
+    """Read a tenants file.
+
+    Raises:
+        ConfigError: it cannot be read, or an entry cannot be; names the entry and its field.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{OPTION}: {path!r} cannot be read: {error}") from None
+    raw = _document(path, text)
+    if isinstance(raw, dict) and list(raw) == ["tenants"]:
+        raw = raw["tenants"]
+    if not isinstance(raw, list):
+        raise ConfigError(
+            f"{OPTION}: {path!r} is not a list of tenants such as "
+            "[{name: acme, keys: [HASH], max_requests: 8}]"
+        )
+    tenants = [_entry(path, number, entry) for number, entry in enumerate(raw, 1)]
+    _check_unique(path, tenants)
+    return tenants
+
+
+def _document(path: str, text: str) -> Any:
+    try:
+        if path.endswith(".json"):
+            return json.loads(text)
+        import yaml
+    except ValueError as error:
+        raise ConfigError(f"{OPTION}: {path!r} is not JSON: {error}") from None
+    except ImportError:
+        raise ConfigError(
+            f"{OPTION}: {path!r} needs PyYAML, which is not installed: "
+            "pip install pyyaml, or write the file as JSON with a name in .json"
+        ) from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{OPTION}: {path!r} is not YAML: {error}") from None
+
+
+def _entry(path: str, number: int, raw: Any) -> Tenant:
+    where = f"{OPTION}: {path!r}, tenant {number}"
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where}: {raw!r} is not a mapping such as {{name: acme, keys: [HASH]}}")
+    if isinstance(raw.get("name"), str):
+        where += f" ({raw['name']!r})"
+    names = [field.name for field in msgspec.structs.fields(Tenant)]
+    for key in raw:
+        if key not in names:
+            valid = ", ".join(closest_first(str(key), names))
+            raise ConfigError(f"{where}: unknown field {key!r}. Valid: {valid}")
+    if "name" not in raw:
+        raise ConfigError(f"{where}: has no name")
+    for field, value in raw.items():
+        try:
+            msgspec.convert({"name": "x", field: value}, Tenant)
+        except msgspec.ValidationError as error:
+            if field in ("keys", "key_hash"):
+                # Not shown: it may well be a key that should have been a hash.
+                raise ConfigError(f"{where}: {field} must be {_HASH_WANTED}") from None
+            raise ConfigError(f"{where}: {field}: {value!r} is not valid: {error}") from None
+    return msgspec.convert(raw, Tenant)
+
+
+def _check_unique(path: str, tenants: Sequence[Tenant]) -> None:
+    names: set[str] = set()
+    owners: dict[bytes, str] = {}
+    for tenant in tenants:
+        if tenant.name in names:
+            raise ConfigError(f"{OPTION}: {path!r} has two tenants named {tenant.name!r}")
+        names.add(tenant.name)
+        for digest in tenant.hashes():
+            owner = owners.setdefault(digest, tenant.name)
+            if owner != tenant.name:
+                raise ConfigError(
+                    f"{OPTION}: {path!r}: the key with the hash {digest.hex()[:12]}… belongs to "
+                    f"both {owner!r} and {tenant.name!r}; give it to one"
+                )
+
+
+class TenantFile:
+    """The file and what it said when it was last right. `poll` it: once per second is enough."""
+
+    def __init__(self, path: str | None, api_keys: Iterable[str] = ()) -> None:
+        """Read the file.
+
+        Raises:
+            ConfigError: see `load`.
+        """
+        self._path = path
+        self._api_keys = [key for key in api_keys if key]
+        self._seen = self._signature()
+        self.book = TenantBook(load(path) if path else (), self._api_keys)
+
+    def _signature(self) -> tuple[int, int, int] | None:
+        if self._path is None:
+            return None
+        try:
+            found = os.stat(self._path)
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def poll(self) -> bool:
+        """Read the file again if it changed; whether `book` is a new one.
+
+        A file that cannot be used is said so once, and what was known stays.
+        """
+        signature = self._signature()
+        if self._path is None or signature == self._seen:
+            return False
+        self._seen = signature
+        try:
+            tenants = load(self._path)
+            # A list from which the last key was struck off must not let everybody in.
+            self.book = TenantBook(tenants, self._api_keys, closed=self.book.closed)
+        except ConfigError as error:
+            logger.error("%s. The tenants stay as they were.", error)
+            return False
+        logger.info("%s: %d tenants read from %s", OPTION, len(self.book.by_name), self._path)
+        return True
+
+
+# The command
+
+
+def table(tenants: Sequence[Tenant]) -> str:
+    """Return the tenants as lines of text, keys by number only."""
+    rows = [("name", "keys", "weight", "priority", *(f"max_{gauge}" for gauge in GAUGES))]
+    for tenant in tenants:
+        limits = ("-" if limit is None else str(limit) for limit in tenant.by_gauge())
+        keys = str(len(tenant.hashes()))
+        rows.append((tenant.name, keys, f"{tenant.weight:g}", str(tenant.priority), *limits))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

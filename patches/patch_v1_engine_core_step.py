@@ -1,0 +1,66 @@
+"""The engine keeps tokens that nobody reads yet (`scalellm_plugins/engine/holding.py`).
+
+Symptom without it: an answer that is not streamed costs the API server as many messages as a
+streamed one, 33-36 µs of CPU per token in vLLM's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .registry import replace
+
+
+def apply() -> None:
+    """Sift the outputs of each step between the scheduler and the output queue."""
+    from vllm.v1.engine import core
+
+    from scalellm_plugins.engine.holding import TokenHolder, only_gauges
+
+    engine = core.EngineCore
+    step, step_with_batch_queue = engine.step, engine.step_with_batch_queue
+    add_request, abort_requests = engine.add_request, engine.abort_requests
+
+    def holder_of(self: Any) -> TokenHolder:
+        holder: TokenHolder | None = getattr(self, "_scalellm_holder", None)
+        if holder is None:
+            holder = self._scalellm_holder = TokenHolder()
+        return holder
+
+    def holding_step(self: Any) -> Any:
+        outputs, executed = step(self)
+        if outputs:
+            holder_of(self).filter(outputs, only_gauges)
+        return outputs, executed
+
+    def holding_step_with_batch_queue(self: Any) -> Any:
+        outputs, executed = step_with_batch_queue(self)
+        if outputs:
+            holder_of(self).filter(outputs, only_gauges)
+        return outputs, executed
+
+    def noting_add_request(self: Any, request: Any, request_wave: int = 0) -> Any:
+        holder_of(self).add(request)
+        return add_request(self, request, request_wave)
+
+    def noting_abort_requests(self: Any, request_ids: list[str]) -> Any:
+        holder_of(self).forget(request_ids)
+        return abort_requests(self, request_ids)
+
+    process = core.EngineCoreProc
+    send_aborts = process._send_abort_outputs_to_client
+
+    def releasing_abort_outputs(self: Any, req_ids: list[str], client_index: int) -> Any:
+        outputs = [
+            core.EngineCoreOutput(request_id, token_ids, kv_transfer_params=carried)
+            for request_id, token_ids, carried in holder_of(self).release(req_ids)
+        ]
+        if outputs:
+            self.output_queue.put_nowait((client_index, core.EngineCoreOutputs(outputs=outputs)))
+        return send_aborts(self, req_ids, client_index)
+
+    replace(process, "_send_abort_outputs_to_client", releasing_abort_outputs)
+    replace(engine, "step", holding_step)
+    replace(engine, "step_with_batch_queue", holding_step_with_batch_queue)
+    replace(engine, "add_request", noting_add_request)
+    replace(engine, "abort_requests", noting_abort_requests)

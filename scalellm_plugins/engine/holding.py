@@ -1,0 +1,177 @@
+"""The engine keeps tokens that nobody reads yet.
+
+A client that waits for the whole answer reads nothing before the last token; one that asked for
+`stream_interval` 8 reads every eighth. vLLM sends every token of every request to the API server
+all the same: an object to encode, a message to receive, decode and look up. Here the engine keeps
+the tokens of requests that said so (`HOLD` in their extra arguments) and sends them together.
+
+What metrics need is not lost: the times of the steps whose tokens were kept travel along, and every
+half second all that is kept is sent, so that counters never lag further behind.
+
+Follows `vllm/v1/engine/core.py`: `step()` returns {client: EngineCoreOutputs}. Pure: duck-typed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+HOLD = "scalellm_hold"
+"""In `sampling_params.extra_args`: send every so many tokens; 0: only at the end."""
+
+KEPT = "scalellm_kept"
+"""In an output's `kv_transfer_params`: [number of its tokens that were kept, time of the last step
+that was kept (s, the engine's clock), steps]. `steps` are the client's, not the request's, and come
+with one output of a message: for each step of which the client heard nothing, and last for this
+one, what was kept in it as [tokens, [[inter-token latency, number of requests] …]]. With them every
+step is counted once and as one step, and a latency once for all requests that had it."""
+
+Step = list[Any]
+"""[tokens, [[latency in s, requests] …]], see `KEPT`."""
+
+RELEASE_S = 0.5
+STATS_S = 0.05
+"""Gauges of the scheduler alone are not worth a message more often than this."""
+
+
+class _Kept:
+    """One request's tokens since they were last sent."""
+
+    __slots__ = ("every", "last", "token_ids")
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.token_ids: list[int] | None = None  # None until its first output has gone out
+        self.last = 0.0
+        """Time of its last token."""
+
+
+class TokenHolder:
+    """All requests of one engine that wait. Used from the engine's main loop only."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, _Kept] = {}
+        self._steps: dict[int, list[Step]] = {}
+        """Client → what was kept in each step since its last message."""
+        self._released = 0.0
+        self._stats_sent = 0.0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def add(self, request: Any) -> None:
+        """Look at a request that the engine has just been given."""
+        params = request.sampling_params
+        if params is not None and params.extra_args:
+            every = params.extra_args.get(HOLD)
+            if isinstance(every, int) and every >= 0:
+                self._kept[request.request_id] = _Kept(every)
+
+    def forget(self, request_ids: list[str]) -> None:
+        """Requests were aborted: nobody waits for their tokens."""
+        for request_id in request_ids:
+            self._kept.pop(request_id, None)
+
+    def release(self, request_ids: list[str]) -> list[tuple[str, list[int], dict[str, Any]]]:
+        """Give out what is kept of requests that the engine ends by itself.
+
+        Returns (request, token ids, `kv_transfer_params` of the output to make of them).
+        """
+        given = []
+        for request_id in request_ids:
+            kept = self._kept.pop(request_id, None)
+            if kept is not None and kept.token_ids:
+                carried = [len(kept.token_ids), kept.last, []]
+                given.append((request_id, kept.token_ids, {KEPT: carried}))
+        return given
+
+    def filter(self, step: dict[int, Any], droppable: Callable[[Any], bool]) -> None:
+        """Take out of a step's outputs what can wait; put in what has waited.
+
+        Args:
+            step: client → its `EngineCoreOutputs`; changed in place, clients without news removed.
+            droppable: whether scheduler statistics may be left out (see `only_gauges`).
+        """
+        if not self._kept:
+            return
+        for client in list(step):
+            outputs = step[client]
+            now = outputs.timestamp
+            if outputs.outputs:
+                release = now - self._released > RELEASE_S
+                outputs.outputs = self._sift(client, outputs.outputs, now, release)
+                if release:
+                    self._released = now
+            if outputs.outputs or outputs.finished_requests or outputs.utility_output:
+                self._stats_sent = now
+            elif outputs.scheduler_stats is None or (
+                now - self._stats_sent < STATS_S and droppable(outputs.scheduler_stats)
+            ):
+                del step[client]
+            else:
+                self._stats_sent = now
+
+    def _sift(self, client: int, outputs: list[Any], now: float, release: bool) -> list[Any]:
+        news = []
+        held = 0
+        latencies: dict[float, int] = {}
+        carrier = None
+        for output in outputs:
+            kept = self._kept.get(output.request_id)
+            if kept is None:
+                news.append(output)
+            elif kept.token_ids is None or self._must_go(output, kept, release):
+                carrier = self._with_kept(output, kept, now)
+                news.append(output)
+            else:
+                kept.token_ids += output.new_token_ids
+                latencies[kept.last] = latencies.get(kept.last, 0) + 1
+                kept.last = now
+                held += len(output.new_token_ids)
+        step = [held, [[now - last, count] for last, count in latencies.items()]]
+        if carrier is not None:
+            carrier[2] = [*self._steps.pop(client, ()), step]
+        elif held:
+            self._steps.setdefault(client, []).append(step)
+        return news
+
+    def _must_go(self, output: Any, kept: _Kept, release: bool) -> bool:
+        if release or output.finish_reason is not None or output.events is not None:
+            return True
+        assert kept.token_ids is not None
+        tokens = len(kept.token_ids) + len(output.new_token_ids)
+        return bool(kept.every) and tokens >= kept.every
+
+    def _with_kept(self, output: Any, kept: _Kept, now: float) -> list[Any]:
+        """Put into an output what was kept of its request; return what can carry counts."""
+        tokens = len(kept.token_ids or ())
+        if kept.token_ids:
+            output.new_token_ids = kept.token_ids + list(output.new_token_ids)
+        carried: list[Any] = [tokens, kept.last, []]
+        output.kv_transfer_params = {KEPT: carried}
+        # The first output has everything about the prefill and goes out at once.
+        kept.token_ids, kept.last = [], now
+        if output.finish_reason is not None:
+            del self._kept[output.request_id]
+        return carried
+
+
+def only_gauges(stats: Any) -> bool:
+    """Whether `SchedulerStats` hold nothing but the state of this moment.
+
+    What is counted since the last statistics (cache queries, drafts, transfers, evictions) would
+    be lost with them.
+    """
+    prefix = stats.prefix_cache_stats
+    counted = (
+        prefix is not None and (prefix.requests or prefix.queries or prefix.reset),
+        getattr(stats, "connector_prefix_cache_stats", None),
+        getattr(stats, "kv_cache_eviction_events", None),
+        stats.spec_decoding_stats,
+        stats.kv_connector_stats,
+        getattr(stats, "ec_connector_stats", None),
+        getattr(stats, "cudagraph_stats", None),
+        getattr(stats, "perf_stats", None),
+        getattr(stats, "iteration_details", None),
+    )
+    return not any(counted)

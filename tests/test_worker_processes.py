@@ -1,0 +1,283 @@
+"""Workers of a real server: killed, added and retired under load. One server for all tests."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.server
+
+ROOT = Path(__file__).parents[1]
+LIMIT_S = 120.0
+LONG = 1500
+"""Tokens of a stream that outlives a test: at 21 ms each, half a minute."""
+
+
+@pytest.fixture(scope="module")
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    """Two workers, room for a third, on a simulated GPU that is slow enough to be watched."""
+    conftest = request.config.pluginmanager.get_plugin(str(Path(__file__).with_name("conftest.py")))
+    options = (
+        *(
+            "--plugins",
+            "scalellm,scalellm.sim",
+            "--scalellm.strict",
+            "--scalellm.sim.speed",
+            "0.25",
+        ),
+        *("--scalellm.frontend.min_workers", "2", "--scalellm.frontend.max_workers", "3"),
+        *("--served-model-name", "demo", "--max-model-len", "2048"),
+    )
+    log = tmp_path_factory.mktemp("workers") / "server.log"
+    with ExitStack() as stack:
+        started = conftest._start(stack, log, ROOT / "examples" / "demo_model", *options)
+        # The first that is up answers the fixture's question.
+        until(lambda: serving(started) == 2, "both workers are up")
+        yield started
+    # Ended in order: the fixture has checked that no process is left.
+    text = log.read_text()
+    assert "Traceback" not in text.partition(_LAST_WORDS)[0], text[-6000:]
+
+
+_LAST_WORDS = "[shutdown]"
+
+
+def workers(server: Any) -> dict[int, int]:
+    """Slot → process id."""
+    titles = server.processes().items()
+    return {int(t.rpartition("_")[2]): pid for pid, t in titles if t.startswith("VLLM::APIServer_")}
+
+
+def supervisor(server: Any) -> int:
+    (pid,) = [p for p, title in server.processes().items() if "FrontendSupervisor" in title]
+    return int(pid)
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """Wait for something that another process does."""
+    deadline = time.monotonic() + LIMIT_S
+    while not (found := condition()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+    return found
+
+
+def running(server: Any) -> int:
+    """Requests in the engine, as /metrics has them."""
+    with urllib.request.urlopen(server.url + "/metrics", timeout=60) as response:
+        text = response.read().decode()
+    return round(max(map(float, re.findall(r"^vllm:num_requests_running\S* (\S+)$", text, re.M))))
+
+
+def serving(server: Any) -> int:
+    """How many workers have come up so far, from the first on."""
+    return int(server.log.read_text().count("Application startup complete"))
+
+
+def complete(server: Any, tokens: int, **more: Any) -> dict[str, Any]:
+    body = {"model": "demo", "prompt": "Hello", "max_tokens": tokens, "ignore_eos": True, **more}
+    return dict(server.post("/v1/completions", body))
+
+
+class Stream(threading.Thread):
+    """One streamed completion, read to its end."""
+
+    def __init__(self, server: Any, tokens: int) -> None:
+        super().__init__(daemon=True)
+        self.server = server
+        self.tokens = tokens
+        self.received = 0
+        self.first = threading.Event()
+        self.done = False
+        self.response: Any = None
+        self.start()
+
+    def run(self) -> None:
+        body = {
+            "model": "demo",
+            "prompt": "Hello",
+            "max_tokens": self.tokens,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        }
+        try:
+            self.response = self.server.open("/v1/completions", body)
+            for line in self.response:
+                if line == b"data: [DONE]\n":
+                    self.done = True
+                elif line.startswith(b"data: "):
+                    usage = json.loads(line[6:]).get("usage") or {}
+                    self.received = usage.get("completion_tokens", self.received)
+                    self.first.set()
+        except (OSError, http.client.HTTPException):
+            pass  # its worker was killed
+
+    def close(self) -> None:
+        """Go away in the middle, as a client that lost interest."""
+        os.close(os.dup(self.response.fileno()))
+        self.response.fp.raw._sock.shutdown(2)
+        self.join(LIMIT_S)
+
+
+def test_the_death_of_a_worker_is_nobody_elses(server: Any) -> None:
+    """Others' streams go on, its own requests leave the engine, and a new worker serves."""
+    streams = [Stream(server, LONG) for _ in range(6)]
+    for stream in streams:
+        assert stream.first.wait(LIMIT_S)
+    until(lambda: running(server) == 6, "six requests are running")
+    before, up = workers(server), serving(server)
+    victim = max(before)
+    os.kill(before[victim], signal.SIGKILL)
+    until(lambda: serving(server) > up, "a worker came up in its place")
+    after = workers(server)
+    assert set(after) == set(before)
+    assert after[victim] != before[victim]
+    assert {after[slot] for slot in after if slot != victim} == {
+        before[slot] for slot in before if slot != victim
+    }
+    broken = until(lambda: [s for s in streams if not s.is_alive()], "its streams broke")
+    whole = [stream for stream in streams if stream.is_alive()]
+    assert whole, "streams of the other worker are there to be unaffected"
+    assert all(not stream.done for stream in broken)
+    # The streams that go on say that the others did not just come to their end.
+    until(lambda: running(server) == len(whole), "the dead worker's requests are aborted")
+    assert all(stream.is_alive() for stream in whole)
+    for stream in whole:
+        stream.close()
+    until(lambda: running(server) == 0, "requests of clients that left are aborted")
+    # Every worker of the server answers: more connections than one of them would take alone.
+    hammers = [Hammer(server) for _ in range(8)]
+    for hammer in hammers:
+        hammer.stop_after(5)
+    assert [hammer.errors for hammer in hammers] == [[]] * 8
+
+
+class Hammer(threading.Thread):
+    """A client that reuses its connection as long as the server lets it."""
+
+    def __init__(self, server: Any) -> None:
+        super().__init__(daemon=True)
+        self.host = server.url.removeprefix("http://")
+        self.answers = 0
+        self.closed = 0
+        self.errors: list[str] = []
+        self.stopping = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        body = json.dumps({"model": "demo", "prompt": "Hi", "max_tokens": 1})
+        headers = {"content-type": "application/json"}
+        connection = http.client.HTTPConnection(self.host, timeout=LIMIT_S)
+        while not self.stopping.is_set():
+            try:
+                connection.request("POST", "/v1/completions", body, headers)
+                response = connection.getresponse()
+                response.read()
+            except (OSError, http.client.HTTPException) as error:
+                self.errors.append(repr(error))
+                connection.close()
+                continue
+            if response.status != 200:
+                self.errors.append(f"status {response.status}")
+            if response.getheader("connection", "").lower() == "close":
+                self.closed += 1
+            self.answers += 1
+        connection.close()
+
+    def stop_after(self, answers: int) -> None:
+        more = self.answers + answers
+        until(lambda: self.answers >= more or self.errors, "answers")
+        self.stopping.set()
+        self.join(LIMIT_S)
+
+
+def test_workers_are_added_and_retired_without_dropping_a_connection(server: Any) -> None:
+    up = serving(server)
+    assert set(workers(server)) == {0, 1}
+    os.kill(supervisor(server), signal.SIGTTIN)
+    until(lambda: serving(server) > up, "a third worker")
+    assert set(workers(server)) == {0, 1, 2}
+    # Enough connections for every worker to have some, and a stream on each.
+    hammers = [Hammer(server) for _ in range(9)]
+    streams = [Stream(server, 200) for _ in range(3)]
+    for stream in streams:
+        assert stream.first.wait(LIMIT_S)
+    for hammer in hammers:
+        until(lambda hammer=hammer: hammer.answers > 3, "answers")
+    before = workers(server)
+    os.kill(supervisor(server), signal.SIGTTOU)
+    until(lambda: len(workers(server)) == 2, "one worker leaves")
+    for hammer in hammers:
+        hammer.stop_after(5)
+    for stream in streams:
+        stream.join(LIMIT_S)
+    assert [hammer.errors for hammer in hammers] == [[]] * 9
+    assert any(hammer.closed for hammer in hammers), "nobody was on the worker that left"
+    assert [(stream.done, stream.received) for stream in streams] == [(True, 200)] * 3
+    (left,) = set(before) - set(workers(server))
+    assert left != 0, "slot 0 never retires"
+    assert f"API server {left} retired" in server.log.read_text()
+    assert f"API server {left} (PID {before[left]}) died" not in server.log.read_text()
+
+
+def test_a_slot_that_retired_can_be_used_again(server: Any) -> None:
+    """Its engine connection waited meanwhile; what it says on it must arrive."""
+    until(lambda: len(workers(server)) == 2, "two workers")
+    up = serving(server)
+    os.kill(supervisor(server), signal.SIGTTIN)
+    until(lambda: serving(server) > up, "the third worker again")
+    hammers = [Hammer(server) for _ in range(9)]
+    for hammer in hammers:
+        hammer.stop_after(5)
+    assert [hammer.errors for hammer in hammers] == [[]] * 9
+    os.kill(supervisor(server), signal.SIGTTOU)
+    until(lambda: len(workers(server)) == 2, "one worker leaves")
+
+
+def _descriptors(pid: int) -> list[str]:
+    found = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            found.append(os.readlink(entry))
+        except OSError:  # closed while we looked
+            continue
+    return found
+
+
+def test_replacing_workers_leaks_nothing(server: Any) -> None:
+    until(lambda: len(workers(server)) == 2, "two workers")
+    boss = supervisor(server)
+    processes, descriptors = len(server.processes()), len(_descriptors(boss))
+    for turn in range(5):
+        before, up = workers(server), serving(server)
+        victim = sorted(before)[turn % 2]
+        os.kill(before[victim], signal.SIGKILL)
+        until(lambda up=up: serving(server) > up, "a new worker")
+        assert complete(server, 3)["usage"]["completion_tokens"] == 3
+    assert supervisor(server) == boss
+    assert len(server.processes()) == processes
+    assert len(_descriptors(boss)) == descriptors
+    ours = [boss, *workers(server).values()]
+    assert not [name for pid in ours for name in _descriptors(pid) if name.startswith("/dev/shm")]
+    assert running(server) == 0
+
+
+def test_the_supervisor_has_one_thread(server: Any) -> None:
+    """It forks: another thread's locks would be copied in whatever state they are."""
+    assert len(os.listdir(f"/proc/{supervisor(server)}/task")) == 1
+    assert "should have one" not in server.log.read_text()
