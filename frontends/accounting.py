@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,7 @@ from starlette.requests import Request
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from .access_log import AccessLog
+from .request_log import RequestLog
 
 if TYPE_CHECKING:
     from .answers import Answer
@@ -25,8 +28,10 @@ class _Response:
 class Accounting:
     """One per worker. `app`: vLLM's FastAPI application."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, access_log: str = "uvicorn") -> None:
         self._app = app
+        self._log_kind = access_log
+        self._request_log: RequestLog | None = None
         self._instrumentations: list[Any] | None = None
         self._requests = _counter(
             "scalellm:requests", "HTTP requests of the hot routes by lane", ("lane", "route")
@@ -47,7 +52,7 @@ class Accounting:
 
     def started(self, cycle: Any, status: int) -> None:
         """Write uvicorn's line of the access log, as it does when an answer starts."""
-        if not cycle.access_log:
+        if not cycle.access_log or self._log_kind != "uvicorn":
             return
         scope = cycle.scope
         if any(name.startswith(b"x-forwarded-") for name, _ in scope["headers"]):
@@ -66,6 +71,39 @@ class Accounting:
         if self._proxied:
             with suppress(StopIteration):
                 self._proxied(scope, None, None).send(None)
+
+    @property
+    def own_log(self) -> bool:
+        """Whether the access log is ours, written when requests end."""
+        return self._log_kind != "uvicorn"
+
+    def log(self, scope: Any, status: int, seconds: float, **more: Any) -> None:
+        """Write our access log's line for a request that ended."""
+        if any(name.startswith(b"x-forwarded-") for name, _ in scope["headers"]):
+            self._resolve_proxy(scope)
+        if self._request_log is None:
+            self._request_log = RequestLog(logging.getLogger("uvicorn.access"), self._log_kind)
+        self._request_log.ended(scope, status, seconds, **more)
+
+    def logged(self, app: Any) -> Any:
+        """Return an application that answers as `app` does and is logged by us."""
+
+        async def answering(scope: Any, receive: Any, send: Any) -> None:
+            begun = time.monotonic()
+            status = 500
+
+            async def noting(message: Any) -> None:
+                nonlocal status
+                if message["type"] == "http.response.start":
+                    status = message["status"]
+                await send(message)
+
+            try:
+                await app(scope, receive, noting)
+            finally:
+                self.log(scope, status, time.monotonic() - begun)
+
+        return answering
 
     def ended(self, answer: Answer, status: int, seconds: float) -> None:
         """Count the exchange in vLLM's HTTP metrics (`http_requests_total` and so on)."""

@@ -53,11 +53,14 @@ Bounds = Sequence[int | None]
 class Admission:
     """The shared counters, as seen from one worker slot; see the module."""
 
-    def __init__(self, words: memoryview, names: mmap.mmap, slots: int, lock: int | None) -> None:
+    def __init__(
+        self, words: memoryview, names: mmap.mmap, slots: int, lock: int | None, note: int
+    ) -> None:
         self._words = words
         self._names = names
         self._slots = slots
         self._lock = lock
+        self._note = note
         self._slot = 0
         self._known: dict[str, int] = {}
 
@@ -75,12 +78,13 @@ class Admission:
     def _make(cls, slots: int, lock: int | None) -> Admission:
         entries = MOST_TENANTS + 1
         words = memoryview(mmap.mmap(-1, entries * _FIELDS * slots * 8)).cast("q")
-        return cls(words, mmap.mmap(-1, entries * _DIGEST), slots, lock)
+        note = os.memfd_create("scalellm_tenants", os.MFD_CLOEXEC)
+        return cls(words, mmap.mmap(-1, entries * _DIGEST), slots, lock, note)
 
     def for_slot(self, slot: int) -> Admission:
         """Return the same counters for the worker in `slot`, after the fork."""
         assert 0 <= slot < self._slots, (slot, self._slots)
-        made = Admission(self._words, self._names, self._slots, self._lock)
+        made = Admission(self._words, self._names, self._slots, self._lock, self._note)
         made._slot = slot
         return made
 
@@ -100,6 +104,19 @@ class Admission:
     def _release(self) -> None:
         if self._lock is not None:
             fcntl.lockf(self._lock, fcntl.LOCK_UN)
+
+    # What a new worker is to know from those before it
+
+    def remember(self, note: bytes) -> None:
+        """Keep a note for all workers, in place of the last one."""
+        with self._locked():
+            os.ftruncate(self._note, 0)
+            os.pwrite(self._note, note, 0)
+
+    def recall(self) -> bytes:
+        """Return the note; empty if there is none."""
+        with self._locked():
+            return os.pread(self._note, os.fstat(self._note).st_size, 0)
 
     # Names
 

@@ -217,8 +217,8 @@ class StreamedAnswer(Answer):
     def flush(self) -> None:
         """See the base."""
         self.waiting = False
-        if self.paused or self.cycle.disconnected:
-            return
+        if self.paused or self.cycle.disconnected or (self.over and self.last is None):
+            return  # not now, or nothing more: it has ended
         if self.begun and self.last is None and not self.templates.counts:
             if self.text and self._due():
                 text, self.text = self.text, b""
@@ -239,7 +239,6 @@ class StreamedAnswer(Answer):
             return
         events = []
         if not self.begun:
-            self.begun = True
             events.append(self.templates.first.render({**self._bound, **self.counts(0)}))
         text, self.text = self.text, b""
         fresh = self.num_tokens > self.tokens_shown
@@ -248,6 +247,8 @@ class StreamedAnswer(Answer):
         if self.last is None:
             if text or (fresh and self.templates.counts):
                 events.append(self.templates.delta.render(values))
+            # Begun is what has written something: the headers are still here until then.
+            self.begun = self.begun or any(events)
             self._write(events)
             return
         reason, stop_reason = self.last
@@ -278,8 +279,11 @@ class StreamedAnswer(Answer):
         self.over = True
         if self.cycle.disconnected:
             return
-        event = self.ask.route.stream_error(error)
-        self._close([event, self.templates.done])
+        events = [self.ask.route.stream_error(error), self.templates.done]
+        if not (self.begun or self.is_prefilling):
+            # The engine's first output says so: vLLM begins the stream before it looks at that.
+            events.insert(0, self.templates.first.render({**self._bound, **self.counts(0)}))
+        self._close(events)
 
 
 class WholeAnswer(Answer):

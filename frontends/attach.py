@@ -6,9 +6,9 @@ import logging
 from argparse import Namespace
 from typing import Any
 
-from scalellm_plugins import activation
+from scalellm_plugins import activation, config
 
-from . import gate
+from . import gate, shared_attach
 from . import prompts as prompts_module
 from .accounting import Accounting
 from .detokenize import Detokenizer
@@ -65,6 +65,7 @@ class FastLaneEndpoint:
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Build the lane, where this process has an engine and the feature is on."""
         if engine_client is not None and activation.is_on("frontend"):
+            shared_attach.attach(self._app)
             gate.attach(engine_client, self._app, state, args)
             await attach(engine_client, self._app, state, args)
 
@@ -118,4 +119,5 @@ async def _build(engine_client: Any, app: Any, state: Any, args: Namespace) -> L
     if getattr(state, "scalellm_gate", None) is not None:
         keys = []  # the gate has seen them, and tenants' keys, too
     headers = HeaderReader(app, args, names, filter(None, keys))
-    return Lane(engine_client, routes, Detokenizer.build(tokenizer), headers, Accounting(app))
+    accounting = Accounting(app, config.current().frontend.access_log)
+    return Lane(engine_client, routes, Detokenizer.build(tokenizer), headers, accounting)

@@ -60,6 +60,9 @@ class FastLaneProtocol(HttpToolsProtocol):
     def _start_application(self, cycle: Any, app: Any) -> None:
         if self.admitted is not None and app is self.app:
             app = self.admitted.carried(app)
+        if self.lane is not None and self.lane.accounting.own_log and cycle.access_log:
+            cycle.access_log = False  # one line for a request, at its end
+            app = self.lane.accounting.logged(app)
         super()._start_asgi_task(cycle, app)
 
     def _offer(self, cycle: Any, app: Any) -> None:

@@ -21,7 +21,7 @@ import prometheus_client
 
 from scalellm_plugins import config
 
-from . import counting, refusals
+from . import authentication, counting, refusals
 from .accounting import Accounting
 from .admission import SERVER, Admission, Bounds, Prompt, Ticket
 from .headers import CrossOrigin
@@ -256,6 +256,8 @@ class Gate:
         ask = SimpleNamespace(route=SimpleNamespace(path=_path(cycle.scope)), length=length)
         answer: Any = SimpleNamespace(cycle=cycle, length=len(body), ask=ask)
         self._accounting.ended(answer, refusal.status, 0.0)
+        if cycle.access_log and self._accounting.own_log:
+            self._accounting.log(cycle.scope, refusal.status, 0.0)
 
     @staticmethod
     def is_anthropic(scope: Any) -> bool:
@@ -342,17 +344,18 @@ def attach(engine_client: Any, app: Any, state: Any, args: Namespace) -> Gate | 
     import vllm.envs as envs
 
     keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
-    tenants = TenantFile(options.tenants, keys)
+    counters = _counters()
+    tenants = TenantFile(options.tenants, keys, counters)
     gate = Gate(
-        _counters(),
+        counters,
         tenants,
         limits,
-        Accounting(app),
+        Accounting(app, options.access_log),
         CrossOrigin(app),
         echo_id=bool(args.enable_request_id_headers),
     )
     if options.tenants is not None:
-        _authenticate(app, keys, tenants)
+        authentication.install(app, keys, tenants)
     counting.install(engine_client)
     gate.watch()
     state.scalellm_gate = gate
@@ -368,32 +371,6 @@ def _counters() -> Admission:
         return Admission.private()
     counters: Admission = worker.slots.counters
     return counters.for_slot(worker.index)
-
-
-def _authenticate(app: Any, keys: list[str], tenants: TenantFile) -> None:
-    """Have vLLM's authentication take tenants' keys, on every route that it guards."""
-    from starlette.middleware import Middleware
-    from starlette.middleware.cors import CORSMiddleware
-    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
-
-    class TenantAuthentication(AuthenticationMiddleware):
-        def verify_token(self, headers: Any) -> bool:
-            given = headers.get("authorization")
-            key = None if given is None else given.encode("latin-1")
-            return tenants.book.of(key) is not None
-
-    # Where vLLM puts its own when there are keys: around CORS, within all others.
-    layers = app.user_middleware
-    ours = Middleware(TenantAuthentication, tokens=keys)
-    place = next((n for n, one in enumerate(layers) if one.cls is CORSMiddleware), len(layers))
-    layers[:] = [
-        one
-        for one in (*layers[:place], ours, *layers[place:])
-        if one.cls is not AuthenticationMiddleware
-    ]
-    if app.middleware_stack is not None:
-        # A part of vLLM for SageMaker has built it already. Nothing is served yet.
-        app.middleware_stack = app.build_middleware_stack()
 
 
 def _described(limits: Limits, tenants: TenantFile) -> str:

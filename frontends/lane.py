@@ -374,12 +374,23 @@ class Lane:
 
     def closed(self, answer: Answer, status: int) -> None:
         """Note the end of an exchange."""
+        stages = None
         if status == 200:
             answer.clock.done = answer.clock.done or time.monotonic()
             stages = self.stages_of(answer)
             if stages is not None:
                 self.stages.count(stages)
-        self.accounting.ended(answer, status, time.time() - answer.ask.arrival_time)
+        seconds = time.time() - answer.ask.arrival_time
+        self.accounting.ended(answer, status, seconds)
+        if self.accounting.own_log and answer.cycle.access_log:
+            self.accounting.log(
+                answer.cycle.scope,
+                status,
+                seconds,
+                request_id=answer.ask.request_id,
+                stages=stages,
+                tokens=(answer.prompt_len, answer.num_tokens),
+            )
 
 
 def build_routes(state: Any, prompts: Any) -> list[Route]:

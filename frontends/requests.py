@@ -52,6 +52,10 @@ _OF_THE_REQUEST = frozenset(
 """Fields that do not end up in the sampling parameters, or are applied to each request."""
 
 
+def _nothing(_unset: Any) -> None:
+    return None
+
+
 class _Pattern:
     """A checked request, and its parameters by `max_tokens`."""
 
@@ -102,7 +106,8 @@ class RequestMaker:
         try:
             pattern = self._patterns.get(key)
         except TypeError:  # a list or a mapping among the parameters
-            key = (msgspec.json.encode(key[0]), *key[1:])
+            # UNSET cannot be encoded; it stands where null would not have decoded.
+            key = (msgspec.json.encode(key[0], enc_hook=_nothing), *key[1:])
             pattern = self._patterns.get(key)
         if pattern is None or isinstance(getattr(body, "prompt", None), list):
             return self._checked(ask, ids, hold, extra, key)

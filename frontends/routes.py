@@ -70,6 +70,8 @@ class Route:
     class_name: str
 
     def __init__(self, handler: Any, prompts: ChatPrompts) -> None:
+        from vllm import envs
+
         self.handler = handler
         self.prompts = prompts
         module = sys.modules[type(handler).__module__]
@@ -86,6 +88,8 @@ class Route:
         self.max_chars = self.max_model_len * getattr(
             handler.renderer.tokenizer, "max_chars_per_token", 1024
         )
+        # Since 0.31 a request class is made with this bound in it; before that there is none.
+        self.max_stops: int | None = getattr(envs, "VLLM_MAX_STOP_STRINGS", None)
         self.force_usage = bool(handler.enable_force_include_usage)
 
     def _decoder(self, known: Any) -> msgspec.json.Decoder[Any]:
@@ -109,6 +113,8 @@ class Route:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
         if not bodies.is_plain(body) or (body.stream_options is not None and not body.stream):
+            return None
+        if isinstance(body.stop, list) and len(body.stop) > (self.max_stops or len(body.stop)):
             return None
         base = asked.request_id
         if base is None:
@@ -232,6 +238,11 @@ class ChatRoute(Route):
         body = ask.body
         if body.continue_final_message and body.add_generation_prompt:
             return None
+        if not body.add_generation_prompt:
+            # vLLM then answers in the last message's role; the templates are of the usual one.
+            role = body.messages[-1].get("role") if body.messages else None
+            if role != self.handler.response_role:
+                return None
         text = self.prompts.render(
             body.messages,
             add_generation_prompt=body.add_generation_prompt,

@@ -21,6 +21,7 @@ import mmap
 from dataclasses import dataclass
 
 from .admission import Admission
+from .shared_state import SharedState
 
 NOT_ACCEPTING = 2**31 - 1
 """The load of a slot that takes no connections, as in vLLM: never the least loaded."""
@@ -54,6 +55,7 @@ class SlotTable:
         self.admission = memory[loads : loads + table].cast("q")
         self._activity = memory[loads + table :].cast("d")
         self.counters = Admission.create(count)
+        self.state = SharedState(count)
         for index in range(count):
             self.loads[index] = NOT_ACCEPTING
 
@@ -77,3 +79,4 @@ class SlotTable:
             self.admission[index * _WORDS + word] = 0
         self.publish(index, Activity(0.0, 0, 0.0))
         self.counters.forget(index)
+        self.state.clear(index)

@@ -24,6 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from . import shared_values
 from .scaling import CrashLoop, ScalingPolicy
 from .slots import SlotTable
 from .supervision import AbortClient, Channel, EngineDead, EngineReady, Message, Retire, Serving
@@ -97,6 +98,7 @@ class Supervisor:
         """Serve until told to stop, until the engine is gone, or until it makes no sense."""
         try:
             self._install_signals()
+            shared_values.install()  # before anything makes a metric
             warm_up(self._job)
             return self._supervise()
         except Exception:

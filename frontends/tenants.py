@@ -21,7 +21,7 @@ import logging
 import os
 import secrets
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import msgspec
 from msgspec import Meta
@@ -108,11 +108,23 @@ def load(path: str) -> list[Tenant]:
     Raises:
         ConfigError: it cannot be read, or an entry cannot be; names the entry and its field.
     """
+    return parse(path, _read(path))
+
+
+def _read(path: str) -> str:
     try:
         with open(path, encoding="utf-8") as file:
-            text = file.read()
+            return file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{OPTION}: {path!r} cannot be read: {error}") from None
+
+
+def parse(path: str, text: str) -> list[Tenant]:
+    """Make tenants from the text of the file at `path`.
+
+    Raises:
+        ConfigError: as `load`.
+    """
     raw = _document(path, text)
     if isinstance(raw, dict) and list(raw) == ["tenants"]:
         raw = raw["tenants"]
@@ -184,19 +196,51 @@ def _check_unique(path: str, tenants: Sequence[Tenant]) -> None:
                 )
 
 
+class Memory(Protocol):
+    """Where the file's last right text is kept, for workers that start when it is wrong."""
+
+    def remember(self, note: bytes) -> None:
+        """Keep a note in place of the last one."""
+
+    def recall(self) -> bytes:
+        """Return the note, empty if there is none."""
+
+
 class TenantFile:
     """The file and what it said when it was last right. `poll` it: once per second is enough."""
 
-    def __init__(self, path: str | None, api_keys: Iterable[str] = ()) -> None:
-        """Read the file.
+    def __init__(
+        self, path: str | None, api_keys: Iterable[str] = (), memory: Memory | None = None
+    ) -> None:
+        """Read the file, or what another worker has read before it was broken.
 
         Raises:
             ConfigError: see `load`.
         """
         self._path = path
         self._api_keys = [key for key in api_keys if key]
+        self._memory = memory
         self._seen = self._signature()
-        self.book = TenantBook(load(path) if path else (), self._api_keys)
+        self.book = TenantBook((), self._api_keys)
+        if path is None:
+            return
+        # One byte, whether keys were needed, and the text.
+        known = b"" if memory is None else memory.recall()
+        try:
+            self._take(_read(path), closed=known[:1] == b"1")
+        except ConfigError as error:
+            if not known:
+                raise
+            self._take(known[1:].decode(), closed=known[:1] == b"1")
+            logger.error("%s. The tenants are those that the file last had.", error)
+
+    def _take(self, text: str, *, closed: bool) -> None:
+        assert self._path is not None
+        tenants = parse(self._path, text)
+        # A list from which the last key was struck off must not let everybody in.
+        self.book = TenantBook(tenants, self._api_keys, closed=closed)
+        if self._memory is not None:
+            self._memory.remember((b"1" if self.book.closed else b"0") + text.encode())
 
     def _signature(self) -> tuple[int, int, int] | None:
         if self._path is None:
@@ -217,9 +261,7 @@ class TenantFile:
             return False
         self._seen = signature
         try:
-            tenants = load(self._path)
-            # A list from which the last key was struck off must not let everybody in.
-            self.book = TenantBook(tenants, self._api_keys, closed=self.book.closed)
+            self._take(_read(self._path), closed=self.book.closed)
         except ConfigError as error:
             logger.error("%s. The tenants stay as they were.", error)
             return False

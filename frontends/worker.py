@@ -21,6 +21,7 @@ from argparse import Namespace
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import shared_values
 from .slots import NOT_ACCEPTING, Activity, SlotTable
 from .supervised_client import abort_client, expect_no_reset
 from .supervision import AbortClient, Channel, EngineDead, EngineReady, Retire, Serving
@@ -76,6 +77,7 @@ class Worker:
         if self.ready:
             expect_no_reset(client)
         self.client = client
+        shared_values.clock.follow(client)
         self.ready = payloads
         self.channel.send(EngineReady(list(payloads.items())))
 
@@ -226,6 +228,7 @@ def run(worker: Worker) -> None:
     global _current
     _current = worker
     die_with_parent()
+    shared_values.bind(worker.slots.state.series[worker.index])
     signal.set_wakeup_fd(-1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
+from .catalog_shared import SHARED
 from .contracts import Target
-from .seams import Entry
+from .entries import Patch, When
+
+__all__ = ["PATCHES", "Patch", "When"]
 
 _SERVE = "vllm.entrypoints.cli.serve"
 _LAUNCHER = "vllm.entrypoints.launchers.launcher"
 _CLIENT = "vllm.v1.engine.core_client"
 _CORE = "vllm.v1.engine.core"
-
-When = Literal["cli", "process", "serve", "worker", "engine"]
-"""While the command line is built; in every vLLM process, once it loads its plugins; in the process
-of `vllm serve`, once its command line is parsed; in the supervisor, for the workers forked from it;
-in the process of an engine, once it loads its plugins."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Patch(Entry):
-    """One change to vLLM at run time. `module` is its file here, with an idempotent `apply()`.
-
-    `composes`: the patch only adds around what it wraps, so that another plugin's wrapper of the
-    same target may lie below it; otherwise such a target is a broken contract.
-    """
-
-    module: str
-    how: str
-    when: When
-    remove_when: str
-    composes: bool = False
-
 
 PATCHES: tuple[Patch, ...] = (
     Patch(
@@ -92,7 +71,7 @@ PATCHES: tuple[Patch, ...] = (
                     "wait_for_completion_or_failure",
                     "api_server_manager.shutdown",
                 ),
-                reads=("api_server_manager.processes",),
+                reads=("api_server_manager.processes", "envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING"),
             ),
             Target(
                 module=_SERVE,
@@ -106,7 +85,7 @@ PATCHES: tuple[Patch, ...] = (
         why="vLLM's API servers are a fixed number of processes, and the death of one is the "
         "server's end",
         how="its process manager is replaced by one that starts our supervisor; uvicorn gets our "
-        "protocol class",
+        "protocol class; its refusal of runtime LoRA updates is lifted",
         when="serve",
         remove_when="vLLM replaces API servers that died and follows demand, and takes a protocol "
         "class as an option",
@@ -209,6 +188,7 @@ PATCHES: tuple[Patch, ...] = (
         when="worker",
         remove_when="vLLM has a hook for a started server",
     ),
+    *SHARED,
     Patch(
         name="engine_abort_client",
         feature="frontend",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -67,6 +67,10 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=1)] | None,
         Meta(description="prompt tokens of requests without a first token yet; unset: no limit"),
     ] = None
+    access_log: Annotated[
+        Literal["uvicorn", "text", "json"],
+        Meta(description="uvicorn: as without us; text, json: at the end, with id and timings"),
+    ] = "uvicorn"
     tenants: Annotated[
         Annotated[str, Meta(min_length=1)] | None,
         Meta(description="file of tenants, with their API keys' hashes, weights and limits"),

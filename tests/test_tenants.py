@@ -15,6 +15,7 @@ import pytest
 from scalellm_plugins import cli
 from scalellm_plugins.errors import ConfigError
 from scalellm_plugins.frontends import tenants as tenants_module
+from scalellm_plugins.frontends.admission import Admission
 from scalellm_plugins.frontends.tenants import Tenant, TenantBook, TenantFile, load
 
 
@@ -174,6 +175,22 @@ def test_striking_off_the_last_key_lets_nobody_in(path: Path) -> None:
     assert file.poll()
     assert file.book.of(None) is None
     assert file.book.of(bearer("k1")) is None
+
+
+def test_a_worker_that_starts_when_the_file_is_broken_knows_what_the_others_know(
+    path: Path,
+) -> None:
+    """Else a typing error would end every worker that is to replace or help another."""
+    shared = Admission.create(2)
+    first = TenantFile(write(path, [ACME]), memory=shared.for_slot(0))
+    path.write_text("[{")
+    second = TenantFile(str(path), memory=shared.for_slot(1))
+    assert second.book.by_name == first.book.by_name
+    assert second.book.of(bearer("k1")) is not None
+    write(path, [{"name": "default"}])
+    assert second.poll()
+    third = TenantFile(str(path), memory=shared.for_slot(0))
+    assert third.book.of(None) is None, "there were keys once: no way in without one"
 
 
 def test_a_server_does_not_start_with_a_broken_file(path: Path) -> None:
