@@ -254,7 +254,8 @@ class StreamedAnswer(Answer):
         reason, stop_reason = self.last
         values[FINISH] = json.dumps(reason).encode()
         values[STOP] = json.dumps(stop_reason, ensure_ascii=False).encode()
-        events.append(self.templates.finish.render(values))
+        if self.num_tokens:  # vLLM leaves it out of a stream that was ended before its first token
+            events.append(self.templates.finish.render(values))
         if self.templates.usage is not None:
             events.append(self.templates.usage.render(values))
         self._close([*events, self.templates.done])
@@ -322,7 +323,6 @@ class WholeAnswer(Answer):
 
     def end(self, reason: str, stop_reason: int | str | None) -> None:
         """See the base."""
-        self.over = True
         if self.stop is not None:
             text = self.stop.text
         else:
@@ -338,6 +338,7 @@ class WholeAnswer(Answer):
         values[FINISH] = json.dumps(reason).encode()
         values[STOP] = json.dumps(stop_reason, ensure_ascii=False).encode()
         self.body = self.template.render(values)
+        self.over = True  # not before: should this fail, there is still an error to answer with
 
     def flush(self) -> None:
         """See the base."""

@@ -68,6 +68,8 @@ class FastLaneEndpoint:
             shared_attach.attach(self._app)
             gate.attach(engine_client, self._app, state, args)
             await attach(engine_client, self._app, state, args)
+        elif engine_client is not None:
+            gate.check_off()
 
 
 async def attach(engine_client: Any, app: Any, state: Any, args: Namespace) -> None:

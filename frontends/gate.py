@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 import prometheus_client
 
 from scalellm_plugins import config
+from scalellm_plugins.errors import ConfigError
 
 from . import authentication, counting, refusals
 from .accounting import Accounting
 from .admission import SERVER, Admission, Bounds, Prompt, Ticket
 from .headers import CrossOrigin
 from .limits import GAUGES, UNLIMITED, DrainRate, Limits, Refusal
-from .tenants import TENANT, Tenant, TenantFile
+from .tenants import OPTION, TENANT, Tenant, TenantFile
 
 logger = logging.getLogger("vllm.scalellm")
 
@@ -361,6 +362,22 @@ def attach(engine_client: Any, app: Any, state: Any, args: Namespace) -> Gate | 
     state.scalellm_gate = gate
     logger.info("admission: %s", _described(limits, tenants))
     return gate
+
+
+def check_off() -> None:
+    """Refuse to serve without the gate, although tenants are to show their keys at it.
+
+    Raises:
+        ConfigError: there is a tenants file, and the frontend is off for another reason than that
+            somebody said so.
+    """
+    options = config.current().frontend
+    if options.tenants is not None and options.enabled is not False:
+        raise ConfigError(
+            f"{OPTION}: {options.tenants!r} would not be looked at, because scalellm.frontend is "
+            "off here (the table in the log says why), and everybody would be let in. Remove the "
+            "option, or say --scalellm.frontend off and guard the server with --api-key"
+        )
 
 
 def _counters() -> Admission:

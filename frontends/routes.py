@@ -88,7 +88,7 @@ class Route:
         self.max_chars = self.max_model_len * getattr(
             handler.renderer.tokenizer, "max_chars_per_token", 1024
         )
-        # Since 0.31 a request class is made with this bound in it; before that there is none.
+        # Part of the request classes of every supported release.
         self.max_stops: int | None = getattr(envs, "VLLM_MAX_STOP_STRINGS", None)
         self.force_usage = bool(handler.enable_force_include_usage)
 

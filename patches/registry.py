@@ -21,6 +21,7 @@ from scalellm_plugins.errors import ContractError, UnsupportedVLLMError
 
 from . import contracts, live
 from .catalog import PATCHES, Patch, When
+from .lane_seams import FAST_LANE
 from .live import MARK
 from .planned_seams import PLANNED
 from .seams import READY, Entry, Seam
@@ -43,7 +44,7 @@ __all__ = [
 
 logger = logging.getLogger("vllm.scalellm")  # below "vllm": its handlers and its level
 
-SEAMS: tuple[Seam, ...] = (*READY, *PLANNED)
+SEAMS: tuple[Seam, ...] = (*READY, *FAST_LANE, *PLANNED)
 
 
 @dataclass(frozen=True)

@@ -383,8 +383,8 @@ def counters(manager: Any) -> dict[str, float]:
         if isinstance(value, dict):
             for key, inner in value.items():
                 walk(f"{name}.{key}", inner)
-        elif type(value).__name__ in ("Counter", "Histogram") and hasattr(value, "_child_samples"):
-            for sample in value._child_samples() if not value._labelnames else ():
+        elif type(value).__name__ in ("Counter", "Histogram") and value._is_observable():
+            for sample in value._child_samples():
                 if not sample.name.endswith("created"):
                     found[f"{name}{sample.name}{sample.labels}"] = sample.value
 
