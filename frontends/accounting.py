@@ -39,7 +39,21 @@ class Accounting:
         self._proxied: Any = None
         self._log: AccessLog | None = None
         self._counters: dict[tuple[str, bool], Any] = {}
-        self._exchanges: dict[tuple[str, int], Any] = {}
+        self._exchanges: dict[tuple[Any, str, int], Any] = {}
+        self._in_engine: set[Answer] = set()
+
+    def entered(self, answer: Answer) -> None:
+        """Count a request that the engine has, for `/load`, where that is tracked."""
+        state = self._app.state
+        if getattr(state, "enable_server_load_tracking", False):
+            state.server_load_metrics += 1
+            self._in_engine.add(answer)
+
+    def left(self, answer: Answer) -> None:
+        """Its exchange is over. May be called too often."""
+        if answer in self._in_engine:
+            self._in_engine.remove(answer)
+            self._app.state.server_load_metrics -= 1
 
     def routed(self, route: str, *, fast: bool) -> None:
         """Count a request by the lane that serves it."""
@@ -110,10 +124,10 @@ class Accounting:
         if self._instrumentations is None:
             self._instrumentations = _instrumentations(self._app)
         for instrumentation in self._instrumentations:
-            key = (answer.ask.route.path, status)
+            key = (instrumentation, answer.ask.route.path, status)
             exchange = self._exchanges.get(key)
             if exchange is None:
-                exchange = _Exchange.learn(instrumentation, *key) or _Slow(instrumentation, *key)
+                exchange = _Exchange.learn(*key) or _Slow(*key)
                 self._exchanges[key] = exchange
             exchange.count(answer, seconds)
 
@@ -127,8 +141,10 @@ class _Exchange:
     @classmethod
     def learn(cls, instrumentation: Any, route: str, status: int) -> _Exchange | None:
         """Find the metrics in the default instrumentation; None where it is not as known."""
-        names = instrumentation.__code__.co_freevars
-        cells = dict(zip(names, instrumentation.__closure__ or (), strict=False))
+        # Any callable may be one; only a function has what is looked for here.
+        names = getattr(getattr(instrumentation, "__code__", None), "co_freevars", ())
+        closure = getattr(instrumentation, "__closure__", None) or ()
+        cells = dict(zip(names, closure, strict=False))
         found = {name: cell.cell_contents for name, cell in cells.items()}
         wanted = ("TOTAL", "IN_SIZE", "OUT_SIZE", "LATENCY_HIGHR", "LATENCY_LOWR")
         flags = ("should_only_respect_2xx_for_highr", "should_exclude_streaming_duration")

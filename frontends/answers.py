@@ -13,7 +13,18 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from .stops import StopText
-from .templates import CACHED, COMPLETION, CREATED, FINISH, ID, PROMPT, STOP, TEXT, TOTAL
+from .templates import (
+    CACHED,
+    COMPLETION,
+    CREATED,
+    FINISH,
+    ID,
+    PROMPT,
+    STOP,
+    STORED,
+    TEXT,
+    TOTAL,
+)
 from .timing import Clock, server_timing
 
 if TYPE_CHECKING:
@@ -60,6 +71,7 @@ class Answer:
         self.max_tokens_param: int | None = None
         self.is_prefilling = True
         self.num_cached_tokens = 0
+        self.num_cache_creation_tokens = 0
         self.stats: Any = None
         self.last_ts = 0.0
 
@@ -129,6 +141,7 @@ class Answer:
             COMPLETION: b"%d" % tokens,
             TOTAL: b"%d" % (self.prompt_len + tokens),
             CACHED: b"%d" % self.num_cached_tokens,
+            STORED: b"%d" % self.num_cache_creation_tokens,
         }
 
     def _identity(self) -> dict[str, bytes]:

@@ -15,6 +15,7 @@ from .detokenize import Detokenizer
 from .headers import HeaderReader
 from .lane import Lane, build_routes
 from .link import Link
+from .requests import reserve_names
 
 logger = logging.getLogger("vllm.scalellm")
 
@@ -65,7 +66,8 @@ class FastLaneEndpoint:
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Build the lane, where this process has an engine and the feature is on."""
         if engine_client is not None and activation.is_on("frontend"):
-            shared_attach.attach(self._app)
+            reserve_names(engine_client.input_processor)
+            await shared_attach.attach(engine_client, self._app, state)
             gate.attach(engine_client, self._app, state, args)
             await attach(engine_client, self._app, state, args)
         elif engine_client is not None:

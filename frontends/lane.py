@@ -36,6 +36,9 @@ logger = logging.getLogger("vllm.scalellm")
 INLINE_CHARS = 8192
 """Prompts with fewer characters to tokenize do it in the event loop: ~1 ms at 0.1 µs each."""
 
+SETTLE_S = 0.1
+"""How long the end of an exchange waits to be counted; see bookkeeping.py for why."""
+
 HEADERS_S = 0.05
 """How long the headers of a stream wait for its first token."""
 
@@ -73,12 +76,15 @@ class Lane:
         self._fresh: list[Answer] = []
         self._flushing = False
         self._headless: list[StreamedAnswer] = []
+        self._ended: list[tuple[Answer, int, float]] = []
         self._upstream: Callable[..., Any] = self.processor.process_outputs
+        from vllm.exceptions import MaxQueuedTokensError
         from vllm.v1.engine import FinishReason
         from vllm.v1.metrics.stats import IterationStats, RequestStateStats
 
         self._stop = FinishReason.STOP
         self._error = FinishReason.ERROR
+        self._full = MaxQueuedTokensError
         self._iteration_stats = IterationStats
         self._stats: Any = RequestStateStats if self.processor.log_stats else None
 
@@ -165,7 +171,12 @@ class Lane:
             answer.over = True
             return True
         stats = self._stats and self._stats(arrival_time=request.arrival_time)
-        self.states[request.request_id] = answer
+        answer.prompt_len = len(ids)
+        try:
+            self.states[request.request_id] = answer
+        except self._full:  # by another worker, since it was checked
+            return False
+        self.accounting.entered(answer)
         self.processor.external_req_ids[request.external_req_id].append(request.request_id)
         answer.connection.answer = answer
         answer.admitted(request, stats)
@@ -259,6 +270,7 @@ class Lane:
         prefill = output.prefill_stats
         if prefill is not None:
             answer.num_cached_tokens = prefill.num_cached_tokens
+            answer.num_cache_creation_tokens = prefill.num_cache_creation_tokens
 
     def _count_unusual(self, answer: Answer, output: Any, timestamp: Any, stats: Any) -> None:
         self.processor._update_stats_from_output(answer, output, timestamp, stats)
@@ -293,13 +305,20 @@ class Lane:
         *unsent, (held, latencies) = steps
         stats.num_generation_tokens += held
         self.latencies.add_groups(latencies, stats)
-        manager = self.engine_client.logger_manager
         for tokens, latencies in unsent:
-            if manager is not None:
-                silent = self._iteration_stats()
-                silent.num_generation_tokens = tokens
-                self.latencies.add_groups(latencies, silent)
-                manager.record(scheduler_stats=None, iteration_stats=silent)
+            self._count_silent(tokens, latencies, stats)
+
+    def _count_silent(self, tokens: int, latencies: list[Any], stats: Any) -> None:
+        """Count a step of the engine that sent this client nothing."""
+        manager = self.engine_client.logger_manager
+        if self.link is not None and self.link.book.batching:
+            self.latencies.add_groups(latencies, stats)
+            self.link.book.silent_step(tokens)
+        elif manager is not None:
+            silent = self._iteration_stats()
+            silent.num_generation_tokens = tokens
+            self.latencies.add_groups(latencies, silent)
+            manager.record(scheduler_stats=None, iteration_stats=silent)
 
     def _finished(
         self, answer: Answer, output: Any, matched: str | None, stats: Any, aborts: list[str]
@@ -373,24 +392,30 @@ class Lane:
         return answer.clock.stages(known)
 
     def closed(self, answer: Answer, status: int) -> None:
-        """Note the end of an exchange."""
-        stages = None
-        if status == 200:
-            answer.clock.done = answer.clock.done or time.monotonic()
-            stages = self.stages_of(answer)
+        """Note the end of an exchange; it is counted in a while, together with others."""
+        self.accounting.left(answer)
+        answer.clock.done = answer.clock.done or time.monotonic()
+        if not self._ended:
+            self.loop.call_later(SETTLE_S, self.settle)
+        self._ended.append((answer, status, time.time() - answer.ask.arrival_time))
+
+    def settle(self) -> None:
+        """Count the exchanges that have ended."""
+        ended, self._ended = self._ended, []
+        for answer, status, seconds in ended:
+            stages = self.stages_of(answer) if status == 200 else None
             if stages is not None:
                 self.stages.count(stages)
-        seconds = time.time() - answer.ask.arrival_time
-        self.accounting.ended(answer, status, seconds)
-        if self.accounting.own_log and answer.cycle.access_log:
-            self.accounting.log(
-                answer.cycle.scope,
-                status,
-                seconds,
-                request_id=answer.ask.request_id,
-                stages=stages,
-                tokens=(answer.prompt_len, answer.num_tokens),
-            )
+            self.accounting.ended(answer, status, seconds)
+            if self.accounting.own_log and answer.cycle.access_log:
+                self.accounting.log(
+                    answer.cycle.scope,
+                    status,
+                    seconds,
+                    request_id=answer.ask.request_id,
+                    stages=stages,
+                    tokens=(answer.prompt_len, answer.num_tokens),
+                )
 
 
 def build_routes(state: Any, prompts: Any) -> list[Route]:

@@ -12,6 +12,8 @@ from bisect import bisect_left
 from itertools import repeat
 from typing import Any
 
+from .bookkeeping import prometheus_logger
+
 logger = logging.getLogger("vllm.scalellm")
 
 
@@ -26,7 +28,7 @@ class StepLatencies:
     """Groups of one step. `add` for each output in its order, then `close`."""
 
     def __init__(self, engine_client: Any) -> None:
-        self._histogram = _histogram_of(engine_client)
+        self._histogram = _histogram_of(prometheus_logger(engine_client))
         self._last = -1.0
         self._count = 0
         self._stats: Any = None
@@ -59,18 +61,10 @@ class StepLatencies:
         self._last, self._count, self._stats = -1.0, 0, None
 
 
-def _histogram_of(engine_client: Any) -> Any:
-    """vLLM's histogram, if only vLLM's own loggers look at the latencies of a step; else None."""
-    manager = getattr(engine_client, "logger_manager", None)
-    if manager is None or len(engine_client.engine_core.engine_ranks_managed) != 1:
+def _histogram_of(logger: Any) -> Any:
+    """The histogram of vLLM's Prometheus logger, where it can be added to by the number."""
+    if logger is None:
         return None
-    found = None
-    for one in manager.stat_loggers:
-        inner = getattr(one, "per_engine_stat_loggers", {0: one})
-        for kind in map(type, inner.values()):
-            if kind.__module__ != "vllm.v1.metrics.loggers":
-                return None  # somebody else's logger: it gets them one by one
-        if type(one).__name__ == "PrometheusStatLogger":
-            found = next(iter(one.histogram_inter_token_latency.values()), None)
+    found = next(iter(logger.histogram_inter_token_latency.values()), None)
     fits = all(hasattr(found, name) for name in ("_upper_bounds", "_sum", "_buckets"))
     return found if fits else None

@@ -13,11 +13,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import zmq
 
+from .bookkeeping import Bookkeeper
+
 logger = logging.getLogger("vllm.scalellm")
+
+_NOBLOCK, _RCVMORE = int(zmq.NOBLOCK), int(zmq.RCVMORE)
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 
 _AT_ONCE = 64
 """Messages in a row, before connections get their turn."""
@@ -27,21 +33,20 @@ class Link:
     """One API server's side of the connection to one engine."""
 
     def __init__(self, engine_client: Any) -> None:
-        core = engine_client.engine_core
         self._client = engine_client
-        self._core = core
+        self._core = engine_client.engine_core
         self._loop = asyncio.get_running_loop()
-        self._outputs: Any = zmq.Socket.shadow(core.resources.output_socket)
-        self._inputs: Any = zmq.Socket.shadow(core.input_socket)
+        self._outputs: Any = zmq.Socket.shadow(self._core.resources.output_socket)
+        self._inputs: Any = zmq.Socket.shadow(self._core.input_socket)
         self._fd = int(self._outputs.getsockopt(zmq.FD))
         self._closed = self._loop.create_future()
-        from vllm.v1.engine import EngineCoreRequestType, core_client
-        from vllm.v1.metrics.stats import IterationStats
+        from vllm.v1.engine import EngineCoreRequestType, core, core_client
 
+        self._dead_length = len(core.EngineCoreProc.ENGINE_CORE_DEAD)
         self._settle = core_client._process_utility_output
         self._add_type = EngineCoreRequestType.ADD.value
         self._abort_type = EngineCoreRequestType.ABORT.value
-        self._statistics = IterationStats
+        self.book = Bookkeeper(engine_client)
 
     @classmethod
     def open(cls, engine_client: Any) -> Link | None:
@@ -86,12 +91,24 @@ class Link:
             self._loop.remove_reader(self._fd)
 
     def _read(self) -> None:
-        """Read all that is there: the descriptor only tells that there is more than before."""
+        """Read all that is there: the descriptor only tells that there is more than before.
+
+        By pyzmq's plain calls: its conveniences (frames, flags as enums, an exception to say that
+        nothing is left) cost 10 µs per message, these 4.
+        """
+        outputs, decode = self._outputs, self._core.decoder.decode
         try:
             for _ in range(_AT_ONCE):
-                frames = self._outputs.recv_multipart(zmq.NOBLOCK, copy=False)
-                self._core.resources.validate_alive(frames)
-                self._handle(self._core.decoder.decode(frames))
+                data = outputs.recv(_NOBLOCK)
+                if outputs.getsockopt(_RCVMORE):
+                    frames = [data, *outputs.recv_multipart(_NOBLOCK)]
+                    self._handle(decode(frames))
+                else:
+                    if len(data) == self._dead_length:
+                        self._core.resources.validate_alive([SimpleNamespace(buffer=data)])
+                    self._handle(decode(data))
+                if not outputs.getsockopt(_EVENTS) & _POLLIN:
+                    return
             self._loop.call_soon(self._read)
         except zmq.Again:
             pass
@@ -114,20 +131,14 @@ class Link:
             return
         client = self._client
         processor = client.output_processor
-        stats = self._statistics() if client.log_stats and outputs.outputs else None
+        stats = self.book.statistics() if client.log_stats and outputs.outputs else None
         version = getattr(outputs, "weight_version", None)
         named = {} if version is None else {"weight_version": version}
         done = processor.process_outputs(outputs.outputs, outputs.timestamp, stats, **named)
         if done.reqs_to_abort:
             self.abort(done.reqs_to_abort)
         processor.update_scheduler_stats(outputs.scheduler_stats)
-        manager = client._logger_ref[0]
-        if manager is not None:
-            manager.record(
-                engine_idx=outputs.engine_index,
-                scheduler_stats=outputs.scheduler_stats,
-                iteration_stats=stats,
-            )
+        self.book.message(outputs.engine_index, outputs.scheduler_stats, stats)
 
     def add(self, request: Any) -> None:
         """Send a request to the engine.

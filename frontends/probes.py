@@ -19,6 +19,7 @@ from .templates import (
     MARKS,
     PROMPT_TOKENS,
     STOP,
+    STORED_TOKENS,
     TEXT,
     StreamTemplates,
     Template,
@@ -52,6 +53,7 @@ def _result(*, finished: bool, tokens: int) -> Any:
         outputs=[output],
         finished=finished,
         num_cached_tokens=CACHED_TOKENS,
+        num_cache_creation_tokens=STORED_TOKENS,
     )
 
 

@@ -52,8 +52,30 @@ _OF_THE_REQUEST = frozenset(
 """Fields that do not end up in the sampling parameters, or are applied to each request."""
 
 
+_OURS = "scalellm_"
+"""How our names among the extra arguments begin."""
+
+
 def _nothing(_unset: Any) -> None:
     return None
+
+
+def reserve_names(input_processor: Any) -> None:
+    """Drop extra arguments with our names from what clients send (`vllm_xargs`), in both lanes.
+
+    They speak to the engine's side of this package (`HOLD`, the tenant), and are added after this.
+    """
+    make = input_processor.process_inputs
+
+    def process_inputs(request_id: str, prompt: Any, params: Any, *args: Any, **more: Any) -> Any:
+        request = make(request_id, prompt, params, *args, **more)
+        made = request.sampling_params
+        if made is not None and made.extra_args:
+            kept = {k: v for k, v in made.extra_args.items() if not k.startswith(_OURS)}
+            made.extra_args = kept or None
+        return request
+
+    input_processor.process_inputs = process_inputs
 
 
 class _Pattern:
@@ -92,7 +114,7 @@ class RequestMaker:
             extra: more extra arguments, for the engine's side of this package.
         """
         try:
-            self._client.check_admission()
+            self._client.check_admission(request_id=ask.engine_id)
             request = self._make(ask, ids, hold, extra)
         except Exception as error:
             logger.debug("left to vLLM's own code: %s", error)
@@ -130,11 +152,6 @@ class RequestMaker:
         """Make it as vLLM does, with all its checks, and remember it."""
         body = ask.body
         params = self._route.sampling_params(ask, len(ids))
-        added = dict(extra or ())
-        if hold is not None:
-            added[HOLD] = hold
-        if added:
-            params.extra_args = {**(params.extra_args or {}), **added}
         request = self._client.input_processor.process_inputs(
             ask.engine_id,
             self._tokens_input(ids, cache_salt=body.cache_salt),
@@ -144,6 +161,12 @@ class RequestMaker:
             priority=body.priority if ask.priority is None else ask.priority,
             session_id=ask.session_id,
         )
+        added = dict(extra or ())
+        if hold is not None:
+            added[HOLD] = hold
+        if added:
+            made = request.sampling_params
+            made.extra_args = {**(made.extra_args or {}), **added}
         if len(self._patterns) >= _PATTERNS:
             self._patterns.clear()
         self._patterns[key] = _Pattern(copy(request))

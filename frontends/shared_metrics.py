@@ -8,7 +8,6 @@ engine sent it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -125,27 +124,22 @@ def _family(name: str, totals: list[_Total]) -> Metric:
 def _add_histogram(family: Metric, totals: list[_Total]) -> None:
     """Buckets are counted one by one and shown as the running sum; the count is the last."""
     sums: list[_Total] = []
-    buckets: dict[tuple[tuple[str, str], ...], list[tuple[float, dict[str, str], float]]] = {}
+    buckets: dict[tuple[tuple[str, str], ...], list[tuple[float, float]]] = {}
     for total in totals:
         labels = dict(total.key.labels)
-        bound = labels.pop("le", None)
-        if bound is None:
+        upper = labels.pop("le", None)
+        if upper is None:
             sums.append(total)
         else:
-            entry = (float(bound), labels, total.value)
-            buckets.setdefault(tuple(labels.items()), []).append(entry)
+            buckets.setdefault(tuple(labels.items()), []).append((float(upper), total.value))
     for total in sums:
         labels, below = total.key.labels, 0.0
-        for bound, _, count in sorted(buckets.get(tuple(labels.items()), ()), key=_bound):
+        for bound, count in sorted(buckets.get(tuple(labels.items()), ())):
             below += count
-            le = floatToGoString(bound) if math.isfinite(bound) else "+Inf"
+            le = floatToGoString(bound)  # type: ignore[no-untyped-call]
             family.add_sample(f"{family.name}_bucket", {**labels, "le": le}, below)
         family.add_sample(f"{family.name}_count", labels, below)
         family.add_sample(f"{family.name}_sum", labels, total.value)
-
-
-def _bound(entry: tuple[float, dict[str, str], float]) -> float:
-    return entry[0]
 
 
 def expose(app: Any, slots: Sequence[Series]) -> None:
@@ -154,7 +148,7 @@ def expose(app: Any, slots: Sequence[Series]) -> None:
     from starlette.routing import Mount, Route
 
     registry = prometheus_client.CollectorRegistry()
-    registry.register(ServerCollector(slots))  # type: ignore[arg-type]
+    registry.register(ServerCollector(slots))
 
     def metrics(_: Any) -> Response:
         # vLLM's own route: this format, whatever the client would accept.

@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from scalellm_plugins.errors import ScaleLLMError
 
 ID, CREATED, TEXT, FINISH, STOP = "id", "created", "text", "finish", "stop"
-PROMPT, COMPLETION, TOTAL, CACHED = "prompt", "completion", "total", "cached"
+PROMPT, COMPLETION, TOTAL = "prompt", "completion", "total"
+CACHED, STORED = "cached", "stored"
 
 MARKS: dict[str, str] = {
     ID: "scalellm-mark-id",
@@ -27,7 +28,7 @@ MARKS: dict[str, str] = {
 }
 """Strings in the made-up result, by slot. JSON leaves them as they are."""
 
-PROMPT_TOKENS, COMPLETION_TOKENS, CACHED_TOKENS = 787, 3, 771
+PROMPT_TOKENS, COMPLETION_TOKENS, CACHED_TOKENS, STORED_TOKENS = 787, 3, 771, 769
 """Counts in the made-up result: each, and the sum of the first two, is found by its key's value."""
 
 _NUMBERS = {
@@ -37,6 +38,7 @@ _NUMBERS = {
     COMPLETION: rb'(?<="completion_tokens":)\d+\b',
     TOTAL: rb'(?<="total_tokens":)\d+\b',
     CACHED: rb'(?<="cached_tokens":)%d\b' % CACHED_TOKENS,
+    STORED: rb'(?<="created_cache_tokens":)%d\b' % STORED_TOKENS,
 }
 _QUOTED = {FINISH, STOP}
 """Slots whose quotes belong to the mark: they may be filled with null or a number."""

@@ -18,6 +18,7 @@ import socket
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +69,9 @@ class Worker:
     client: Any = None
     server: Any = None
     retiring: bool = False
+    unfinished: Callable[[], int] = lambda: 0
+    """How much work there is that no connection waits for."""
+
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     # What the patches of vLLM call
@@ -159,7 +163,11 @@ class Worker:
         server.server_state.default_headers = [*server.server_state.default_headers, close]
         silent = set(server.server_state.connections)
         patience = time.monotonic() + server.config.timeout_keep_alive
-        while server.server_state.connections or getattr(server, "_connecting", 0):
+        while (
+            server.server_state.connections
+            or getattr(server, "_connecting", 0)
+            or self.unfinished()
+        ):
             await asyncio.sleep(_DRAIN_CHECK_S)
             if silent and time.monotonic() > patience:
                 _close_silent(silent & server.server_state.connections)

@@ -26,7 +26,7 @@ def apply() -> None:
         # It refuses runtime LoRA updates, which are right across our workers. What it asks is this
         # module's own name for vLLM's settings; everybody else has theirs.
         real = serve.envs
-        serve.envs = _WithoutLoraUpdates(real)  # type: ignore[assignment]
+        serve.envs = _WithoutLoraUpdates(real)
         try:
             return several(args)
         finally:

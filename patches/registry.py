@@ -25,6 +25,7 @@ from .lane_seams import FAST_LANE
 from .live import MARK
 from .planned_seams import PLANNED
 from .seams import READY, Entry, Seam
+from .shared_seams import WORKERS
 from .sources import Source
 
 __all__ = [
@@ -44,7 +45,7 @@ __all__ = [
 
 logger = logging.getLogger("vllm.scalellm")  # below "vllm": its handlers and its level
 
-SEAMS: tuple[Seam, ...] = (*READY, *FAST_LANE, *PLANNED)
+SEAMS: tuple[Seam, ...] = (*READY, *FAST_LANE, *WORKERS, *PLANNED)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ _TRUE = frozenset({"on", "true", "yes"})
 _FALSE = frozenset({"off", "false", "no"})
 
 Toggle = Annotated[bool | None, Meta(description="on or off; unset: as --plugins says")]
+_Count = Annotated[int, Meta(ge=1)] | None
+_Path = Annotated[str, Meta(min_length=1)] | None
 
 
 class StatusConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,30 +53,21 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[int, Meta(ge=1, le=256)] | None,
         Meta(description="API server processes when busy (1-256); unset: a quarter of the cores"),
     ] = None
-    max_requests: Annotated[
-        Annotated[int, Meta(ge=1)] | None,
-        Meta(description="requests in flight, over all workers; more get 503; unset: no limit"),
-    ] = None
+    max_requests: Annotated[_Count, Meta(description="requests in flight; more get 503")] = None
     max_queued_requests: Annotated[
-        Annotated[int, Meta(ge=1)] | None,
-        Meta(description="requests without a first token yet; more get 503; unset: no limit"),
+        _Count, Meta(description="requests without a first token yet; more get 503")
     ] = None
     max_prompt_tokens: Annotated[
-        Annotated[int, Meta(ge=1)] | None,
-        Meta(description="prompt tokens of requests in flight; more get 503; unset: no limit"),
+        _Count, Meta(description="prompt tokens in flight; more get 503")
     ] = None
     max_queued_prompt_tokens: Annotated[
-        Annotated[int, Meta(ge=1)] | None,
-        Meta(description="prompt tokens of requests without a first token yet; unset: no limit"),
+        _Count, Meta(description="prompt tokens without a first token yet; more get 503")
     ] = None
     access_log: Annotated[
         Literal["uvicorn", "text", "json"],
         Meta(description="uvicorn: as without us; text, json: at the end, with id and timings"),
     ] = "uvicorn"
-    tenants: Annotated[
-        Annotated[str, Meta(min_length=1)] | None,
-        Meta(description="file of tenants, with their API keys' hashes, weights and limits"),
-    ] = None
+    tenants: Annotated[_Path, Meta(description="file: names, key hashes, limits")] = None
 
 
 class IpcConfig(msgspec.Struct, frozen=True, kw_only=True):

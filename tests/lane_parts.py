@@ -1,20 +1,16 @@
-"""A fast lane over vLLM's real objects and no engine, and vLLM's own way beside it, to compare."""
+"""A fast lane over vLLM's real objects and no engine: what the tests of its modules share."""
 
 from __future__ import annotations
 
 import asyncio
-import copy
 import functools
 import json
-from collections.abc import AsyncIterator, Awaitable, Iterable
+from collections.abc import Awaitable, Iterable
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-from starlette.responses import JSONResponse
-
 from scalellm_plugins.benchmarks import lane_cost
-from scalellm_plugins.engine.holding import HOLD
-from scalellm_plugins.frontends import probes
+from scalellm_plugins.frontends.bookkeeping import Bookkeeper
 from scalellm_plugins.frontends.link import Link
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
@@ -36,6 +32,10 @@ class Core:
         self.refuses: Exception | None = None
 
     async def add_request_async(self, request: Any) -> None:
+        """Keep it, or refuse it."""
+        self.add(request)
+
+    def add(self, request: Any) -> None:
         """Keep it, or refuse it."""
         if self.refuses is not None:
             raise self.refuses
@@ -75,6 +75,21 @@ class Wire:
         self.closed = self.aborted = True
 
 
+class Timers:
+    """The lane's event loop, whose timers are kept instead of run: tests run them."""
+
+    def __init__(self, loop: Any) -> None:
+        self._loop = loop
+        self.calls: list[tuple[float, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+    def call_later(self, seconds: float, call: Any) -> None:
+        """Keep it."""
+        self.calls.append((seconds, call))
+
+
 class Peer:
     """One client: the connection and cycle that uvicorn would have made, and what it got."""
 
@@ -86,6 +101,7 @@ class Peer:
         self.wire = self.connection.transport = Wire()
         self.connection.write = self.wire.write
         self.finished: list[Any] = []
+        self.hold: int | None = None
         self.connection.finish = self.finished.append
 
     @property
@@ -140,12 +156,13 @@ class Bench:
         self.client = lane_cost.engine_client()
         self.tokenizer = self.client.renderer.tokenizer
         self.lane = self.run(self._build())
+        self.timers = self.lane.loop = Timers(self.loop)
         self.routes = self.lane.routes
         self.core = Core()
         self.client.engine_core = self.core
         self.client.log_stats = True
         self.client._logger_ref = [self.client.logger_manager]
-        self.link = stepping_link(self.client)
+        self.link = self.lane.link = stepping_link(self.client)
 
     async def _build(self) -> Any:
         return await lane_cost.build_lane(self.client)
@@ -163,15 +180,18 @@ class Bench:
         from vllm.v1.metrics.loggers import StatLoggerManager
 
         self.turn()
+        self.link.book.flush()  # or its timer would do it, into the new metrics
         self.lane.states.clear()
         self.client.output_processor.external_req_ids.clear()
         self.lane._headless.clear()
+        self.timers.calls.clear()
         self.core.__init__()  # type: ignore[misc]
         self.client.errored = False
         manager = StatLoggerManager(self.client.vllm_config, engine_idxs=[0], client_count=1)
         self.client.logger_manager = manager
         self.client._logger_ref = [manager]
         self.lane.latencies = type(self.lane.latencies)(self.client)
+        self.link = self.lane.link = stepping_link(self.client)
 
     def peer(self, path: str = CHAT, **body: Any) -> Peer:
         """Make a client with a request; `messages` and `model` are added."""
@@ -187,6 +207,7 @@ class Bench:
         assert self.lane.take(peer.connection, peer.cycle), f"declined: {peer.body}"
         if peer.answer.stats is not None:
             peer.answer.stats.arrival_time = ARRIVAL
+        peer.hold = peer.answer.hold
         self.turn()
         return peer
 
@@ -199,12 +220,12 @@ class Bench:
 
     def deliver(self, message: Any) -> None:
         """Deliver one message of the engine."""
-        self.link._handle(message)
-        self.turn()
 
-    def counters(self) -> dict[str, float]:
-        """Return every counter and histogram of vLLM's Prometheus logger."""
-        return counters(self.client.logger_manager)
+        async def handle() -> None:
+            self.link._handle(message)
+            await turns()
+
+        self.run(handle())
 
     def idle(self) -> bool:
         """Whether nothing is left of any request."""
@@ -224,123 +245,21 @@ async def _await(work: Awaitable[Result]) -> Result:
 
 def stepping_link(client: Any) -> Link:
     """A link without sockets: its `_handle` does with messages what it does in a server."""
-    from vllm.v1.metrics.stats import IterationStats
-
     link = object.__new__(Link)
     link._client = client
-    link._core = client.engine_core
+    link._core = core = client.engine_core
+    link.book = book = Bookkeeper(client)
+    statistics = book.statistics
 
-    def statistics() -> Any:
-        made = IterationStats()
+    def at_a_known_time() -> Any:
+        made = statistics()
         made.iteration_timestamp = ARRIVAL + 5.0
         return made
 
-    link._statistics = statistics
-    link.abort = lambda ids: client.engine_core.aborts.extend(ids)  # type: ignore[method-assign]
+    book.statistics = at_a_known_time  # type: ignore[method-assign]
+    link.add = core.add  # type: ignore[method-assign]
+    link.abort = lambda ids: core.aborts.extend(ids)  # type: ignore[method-assign]
     return link
-
-
-class Upstream:
-    """vLLM's own way: its output processor, its handlers' generators and its metrics."""
-
-    def __init__(self, bench: Bench) -> None:
-        from vllm.v1.engine.output_processor import OutputProcessor
-        from vllm.v1.metrics.loggers import StatLoggerManager
-
-        config = bench.client.vllm_config
-        self.bench = bench
-        self.processor = OutputProcessor(bench.tokenizer, log_stats=True)
-        self.manager = StatLoggerManager(config, engine_idxs=[0], client_count=1)
-        self.aborts: list[str] = []
-
-    def add(self, peer: Peer) -> asyncio.Task[Any]:
-        """Serve the request of a peer, too; the task's result is what its client gets."""
-        request = copy.copy(self.bench.core.requests[peer.answer.request_id])
-        params = request.sampling_params = copy.copy(request.sampling_params)
-        kept = {name: value for name, value in (params.extra_args or {}).items() if name != HOLD}
-        params.extra_args = kept or None
-        queue = self.queue(request)
-        return self.bench.loop.create_task(self._answer(peer, queue))
-
-    def queue(self, request: Any) -> Any:
-        """Put a request into the output processor, as vLLM's engine client does."""
-        from vllm.v1.engine.output_processor import RequestOutputCollector
-
-        queue = RequestOutputCollector(request.sampling_params.output_kind, request.request_id)
-        self.processor.add_request(request, None, None, 0, queue)
-        self.processor.request_states[request.request_id].stats.arrival_time = ARRIVAL
-        return queue
-
-    def deliver(self, message: Any) -> None:
-        """Do with a message what vLLM's output handler does."""
-        from vllm.v1.metrics.stats import IterationStats
-
-        stats = IterationStats() if message.outputs else None
-        if stats is not None:
-            stats.iteration_timestamp = ARRIVAL + 5.0
-        done = self.processor.process_outputs(message.outputs, message.timestamp, stats)
-        self.aborts += done.reqs_to_abort
-        self.manager.record(
-            engine_idx=0, scheduler_stats=message.scheduler_stats, iteration_stats=stats
-        )
-        self.bench.turn()
-
-    async def _answer(self, peer: Peer, queue: Any) -> bytes:
-        route = self.bench.routes[peer.path]
-        made = route.request_class(**peer.body)
-        name = peer.answer.ask.request_id
-        if peer.path == CHAT:
-            return await self._chat(route.handler, made, results(queue), name)
-        return await self._completion(route.handler, made, results(queue), name)
-
-    async def _chat(self, handler: Any, made: Any, outputs: Any, name: str) -> bytes:
-        metadata = probes._protocol(handler, "RequestResponseMetadata")(request_id=name)
-        rest = (name, handler.models.model_name(None), made.messages, self.bench.tokenizer)
-        if made.stream:
-            stream = handler.chat_completion_stream_generator(made, outputs, *rest, metadata)
-            return "".join([event async for event in stream]).encode()
-        response = await handler.chat_completion_full_generator(made, outputs, *rest, metadata)
-        return bytes(JSONResponse(response.model_dump()).body)
-
-    async def _completion(self, handler: Any, made: Any, outputs: Any, name: str) -> bytes:
-        metadata = probes._protocol(handler, "RequestResponseMetadata")(request_id=name)
-        model = handler.models.model_name(None)
-        if made.stream:
-            stream = handler.completion_stream_generator(
-                made,
-                [{"type": "token", "prompt_token_ids": [0], "prompt": ""}],
-                probes._numbered(outputs),
-                name,
-                0,
-                model,
-                num_prompts=1,
-                tokenizer=self.bench.tokenizer,
-                request_metadata=metadata,
-            )
-            return "".join([event async for event in stream]).encode()
-        final = [one async for one in outputs][-1]
-        final.prompt = ""
-        response = handler.request_output_to_completion_response(
-            [final], made, name, 0, model, self.bench.tokenizer, metadata
-        )
-        return bytes(JSONResponse(response.model_dump()).body)
-
-
-async def results(queue: Any) -> AsyncIterator[Any]:
-    """Yield what comes out of a queue until the request has finished, as vLLM's client does."""
-    finished = False
-    while not finished:
-        result = queue.get_nowait() or await queue.get()
-        finished = result.finished
-        yield result
-
-
-def wired(message: Any) -> Any:
-    """Send a message through vLLM's codec, as between two processes."""
-    from vllm.v1.engine import EngineCoreOutputs
-    from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
-
-    return MsgpackDecoder(EngineCoreOutputs).decode(MsgpackEncoder().encode(message))
 
 
 def output(peer: Any, tokens: list[int], reason: str | None = None, **others: Any) -> Any:
@@ -369,28 +288,6 @@ def output(peer: Any, tokens: list[int], reason: str | None = None, **others: An
 def bench() -> Bench:
     """Return the lane of this process."""
     return Bench()
-
-
-def counters(manager: Any) -> dict[str, float]:
-    """Return every counter and histogram of a StatLoggerManager's Prometheus logger, by name.
-
-    Gauges say what is now, and are left out.
-    """
-    (logger,) = [one for one in manager.stat_loggers if "Prometheus" in type(one).__name__]
-    found: dict[str, float] = {}
-
-    def walk(name: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{name}.{key}", inner)
-        elif type(value).__name__ in ("Counter", "Histogram") and value._is_observable():
-            for sample in value._child_samples():
-                if not sample.name.endswith("created"):
-                    found[f"{name}{sample.name}{sample.labels}"] = sample.value
-
-    for name, value in vars(logger).items():
-        walk(name, value)
-    return found
 
 
 def events(body: bytes) -> list[Any]:

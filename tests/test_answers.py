@@ -17,12 +17,12 @@ from .lane_parts import (
     COMPLETION,
     Bench,
     Peer,
-    Upstream,
     bench,
     dropped,
     events,
     output,
 )
+from .lane_upstream import Upstream, counters
 
 pytestmark = pytest.mark.vllm
 
@@ -50,8 +50,7 @@ def slowly(lane: Bench) -> Callable[[list[Any]], None]:
 
 
 def text(lane: Bench, *tokens: int) -> str:
-    decoded: str = lane.tokenizer.decode(list(tokens))
-    return decoded
+    return str(lane.tokenizer.decode(list(tokens)))
 
 
 def chat_texts(peer: Peer) -> list[str]:
@@ -75,8 +74,13 @@ def leave(peer: Peer) -> None:
 
 
 @KINDS
+@pytest.mark.parametrize("linked", [True, False])
 @pytest.mark.parametrize("tokens", [0, 1, 3])
-def test_a_client_that_goes_away_is_aborted_once(lane: Bench, stream: bool, tokens: int) -> None:
+def test_a_client_that_goes_away_is_aborted_once(
+    lane: Bench, stream: bool, linked: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not linked:
+        monkeypatch.setattr(lane.lane, "link", None)
     peer = lane.take(stream=stream)
     request_id = peer.answer.request_id
     for number in range(tokens):
@@ -183,7 +187,13 @@ def test_a_lost_engine_is_told_to_every_client(lane: Bench, stream: bool, tokens
 
 
 @KINDS
-def test_a_request_that_the_engine_does_not_take_fails(lane: Bench, stream: bool) -> None:
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_request_that_the_engine_does_not_take_fails(
+    lane: Bench, stream: bool, linked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With our link to the engine, and with vLLM's own client."""
+    if not linked:
+        monkeypatch.setattr(lane.lane, "link", None)
     lane.core.refuses = EngineDeadError()
     peer = lane.peer(stream=stream)
     assert lane.lane.take(peer.connection, peer.cycle)
@@ -271,13 +281,8 @@ def test_headers_leave_with_the_first_token(lane: Bench) -> None:
     assert len(peer.wire.writes) == 1, "they were sent twice"
 
 
-def test_headers_go_ahead_where_the_first_token_takes_long(
-    lane: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    later: list[tuple[float, Any]] = []
-    monkeypatch.setattr(
-        lane.lane, "loop", Timers(lane.lane.loop, lambda *call: later.append(call))
-    )
+def test_headers_go_ahead_where_the_first_token_takes_long(lane: Bench) -> None:
+    later = lane.timers.calls
     first, second, gone = (lane.take(stream=True) for _ in range(3))
     ((seconds, call),) = later
     assert seconds == pytest.approx(0.05)
@@ -293,15 +298,6 @@ def test_headers_go_ahead_where_the_first_token_takes_long(
     third = lane.take(stream=True)
     assert len(later) == 2, "no timer for a request after the timer ran"
     leave(third)
-
-
-class Timers:
-    """An event loop whose timers are kept instead of run."""
-
-    def __init__(self, loop: Any, call_later: Any) -> None:
-        self.call_later = call_later
-        self.call_soon = loop.call_soon
-        self.create_task = loop.create_task
 
 
 # Our own mistakes
@@ -379,9 +375,9 @@ def test_vllms_own_requests_go_on_beside_the_lanes(lane: Bench) -> None:
     lane.step([output("own-1", [WORD], "LENGTH"), output(peer, [OTHER], "LENGTH")])
     result = queue.get_nowait()
     assert [result.outputs[0].text, result.finished] == [text(lane, WORD), True]
-    _, _, body = peer.response()
-    texts = [json.loads(one)["choices"][0]["text"] for one in events(body)[:-1]]
+    texts = [json.loads(one)["choices"][0]["text"] for one in events(peer.response()[2])[:-1]]
     assert "".join(texts) == text(lane, WORD, OTHER)
     assert lane.idle()
-    counted = lane.counters()
+    lane.link.book.flush()
+    counted = counters(lane.client.logger_manager)
     assert counted["counter_generation_tokens.0_total{}"] == 4

@@ -6,25 +6,37 @@ that a test says which one it asks.
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import re
 import signal
-import time
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from .cross_worker import (
+    LIMIT_S,
+    WORKERS,
+    Client,
+    completion,
+    connected,
+    names,
+    one,
+    response,
+    samples,
+    serving,
+    until,
+    workers,
+)
+
 pytestmark = pytest.mark.server
 
 ROOT = Path(__file__).parents[1]
-LIMIT_S = 120.0
-WORKERS = 3
 MAX_REQUESTS = 12
 MAX_TOKENS = 900
 MODEL = ("--served-model-name", "demo", "--max-model-len", "2048", "--enable-lora")
@@ -53,7 +65,6 @@ def server(
         started = conftest._start(
             stack, log, ROOT / "examples" / "demo_model", *options, **ENVIRONMENT
         )
-        started.conftest = conftest
         until(lambda: len(workers(started)) == WORKERS, "the workers are there")
         until(lambda: serving(started) >= WORKERS, "the workers serve")
         yield started
@@ -61,122 +72,11 @@ def server(
     assert "Traceback" not in text.partition("[shutdown]")[0], text[-6000:]
 
 
-def until(condition: Callable[[], Any], what: str) -> Any:
-    """Wait for something that another process does."""
-    deadline = time.monotonic() + LIMIT_S
-    while not (found := condition()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
-    return found
-
-
-def serving(server: Any) -> int:
-    """How many workers have come up so far."""
-    return int(server.log.read_text().count("Application startup complete"))
-
-
-def workers(server: Any) -> dict[int, int]:
-    """Slot → process id."""
-    titles = server.processes().items()
-    return {int(t.rpartition("_")[2]): pid for pid, t in titles if t.startswith("VLLM::APIServer_")}
-
-
-class Client:
-    """One connection, kept open, to one worker."""
-
-    def __init__(self, server: Any) -> None:
-        host, _, port = server.url.removeprefix("http://").partition(":")
-        self._server_port = int(port)
-        self.connection = http.client.HTTPConnection(host, int(port), timeout=LIMIT_S)
-        self.get("/version")
-        self.pid = self._owner(set(workers(server).values()))
-
-    def _owner(self, pids: set[int]) -> int:
-        """The process that holds the other end, found in /proc."""
-        ours = f"{self.connection.sock.getsockname()[1]:04X}"
-        theirs = f"{self._server_port:04X}"
-        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[1].endswith(f":{theirs}") and fields[2].endswith(f":{ours}"):
-                inode = f"socket:[{fields[9]}]"
-        for pid in pids:
-            for entry in Path(f"/proc/{pid}/fd").iterdir():
-                try:
-                    if os.readlink(entry) == inode:
-                        return pid
-                except OSError:  # closed while we looked
-                    continue
-        raise AssertionError(f"no worker holds {inode}")
-
-    def start(self, method: str, path: str, body: Any = None) -> http.client.HTTPResponse:
-        """Send a request; return the response, unread."""
-        text = None if body is None else json.dumps(body)
-        self.connection.request(method, path, text, {"content-type": "application/json"})
-        return self.connection.getresponse()
-
-    def ask(self, method: str, path: str, body: Any = None) -> tuple[int, str]:
-        """Return status and text."""
-        response = self.start(method, path, body)
-        return response.status, response.read().decode()
-
-    def get(self, path: str) -> Any:
-        """GET a text or JSON document."""
-        status, text = self.ask("GET", path)
-        assert status == 200, (path, status, text)
-        return json.loads(text) if text.startswith(("{", "[")) else text
-
-    def post(self, path: str, body: Any) -> Any:
-        """POST and return the JSON answer."""
-        status, text = self.ask("POST", path, body)
-        assert status == 200, (path, status, text)
-        return json.loads(text) if text.startswith("{") else text
-
-
 @pytest.fixture
 def clients(server: Any) -> Iterator[list[Client]]:
     """A connection to each worker, by slot."""
     with connected(server) as found:
         yield found
-
-
-@contextmanager
-def connected(server: Any) -> Iterator[list[Client]]:
-    until(lambda: len(workers(server)) == WORKERS, "every slot has a worker")
-    opened: list[Client] = []
-    by_pid: dict[int, Client] = {}
-    slots = workers(server)
-    try:
-        while set(by_pid) != set(slots.values()):
-            assert len(opened) < 200, "connections do not reach every worker"
-            opened.append(Client(server))
-            by_pid.setdefault(opened[-1].pid, opened[-1])
-        yield [by_pid[pid] for _, pid in sorted(slots.items())]
-    finally:
-        for client in opened:
-            client.connection.close()
-
-
-def completion(tokens: int, **more: Any) -> dict[str, Any]:
-    return {"model": "demo", "prompt": "Hello", "max_tokens": tokens, "ignore_eos": True, **more}
-
-
-def samples(text: str) -> dict[str, float]:
-    """`name{labels}` → value; fails on a sample that is there twice."""
-    found: dict[str, float] = {}
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            name, _, value = line.rpartition(" ")
-            assert name not in found, f"{name} is there twice"
-            found[name] = float(value)
-    return found
-
-
-def one(text: str, name: str) -> float:
-    """The value of the only sample with this name."""
-    ((_, value),) = [
-        (key, value) for key, value in samples(text).items() if key.partition("{")[0] == name
-    ]
-    return value
 
 
 # Metrics
@@ -238,17 +138,12 @@ def test_running_requests_are_the_engines_whoever_heard_last(clients: list[Clien
     )
 
 
-def test_names_and_labels_are_those_of_one_process(
-    server: Any, clients: list[Client], serve: Any
-) -> None:
+def test_names_and_labels_are_those_of_one_process(clients: list[Client], serve: Any) -> None:
     """vLLM's own server, as one process, after the same requests."""
     options = ("--plugins", "scalellm.sim", *MODEL)
     alone = serve(ROOT / "examples" / "demo_model", *options, **ENVIRONMENT)
-    theirs = Client.__new__(Client)
-    host, _, port = alone.url.removeprefix("http://").partition(":")
-    theirs.connection = http.client.HTTPConnection(host, int(port), timeout=LIMIT_S)
     texts = []
-    for client in (clients[2], theirs):
+    for client in (clients[2], Client(alone)):
         client.post("/v1/completions", completion(3))
         client.post("/v1/completions", completion(3, logprobs=1, stream=True))
         client.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]})
@@ -258,7 +153,7 @@ def test_names_and_labels_are_those_of_one_process(
     # Of other requests of this module, and what this package adds.
     other = re.compile(r'(# (HELP|TYPE) )?scalellm:|http_.*handler="(?!/v1/(chat/)?completions)')
 
-    def names(text: str) -> set[str]:
+    def described(text: str) -> set[str]:
         lines = {
             line if line.startswith("#") else line.rpartition(" ")[0] for line in text.splitlines()
         }
@@ -268,7 +163,7 @@ def test_names_and_labels_are_those_of_one_process(
             if not own.match(line) and not other.match(line)
         }
 
-    ours, vllms = (names(text) for text in texts)
+    ours, vllms = (described(text) for text in texts)
     assert vllms - ours == set()
     assert {name for name in ours - vllms if 'status="4xx"' not in name} == set()
 
@@ -278,10 +173,6 @@ def _without_running_loras(line: str) -> str:
 
 
 # LoRA adapters
-
-
-def names(client: Client) -> list[str]:
-    return [model["id"] for model in client.get("/v1/models")["data"]]
 
 
 def test_an_adapter_is_there_for_every_worker(server: Any, clients: list[Client]) -> None:
@@ -349,3 +240,164 @@ def test_one_statistics_line_for_all_workers(server: Any, clients: list[Client])
     assert {slot for slot, _ in fresh} == {"0"}
     # One line a second, more or less: what they add up to is what the other workers generated.
     assert sum(float(rate) for _, rate in fresh) == pytest.approx(240, rel=0.3)
+
+
+# Limits on what is queued
+
+
+@pytest.mark.parametrize("lane", ["fast", "full", "both"])
+def test_requests_are_limited_over_all_workers(server: Any, lane: str) -> None:
+    """Three times as many as there may be, at the same moment, spread over the workers."""
+    with ExitStack() as stack:
+        groups = [stack.enter_context(connected(server)) for _ in range(MAX_REQUESTS)]
+        everyone = [client for group in groups for client in group]
+        barrier = threading.Barrier(len(everyone))
+
+        def ask(number: int) -> int:
+            full = lane == "full" or (lane == "both" and number % 2)
+            body = completion(300, **({"logprobs": 1} if full else {}))
+            barrier.wait(LIMIT_S)
+            return everyone[number].ask("POST", "/v1/completions", body)[0]
+
+        with ThreadPoolExecutor(len(everyone)) as threads:
+            statuses = list(threads.map(ask, range(len(everyone))))
+    # 300 tokens take seconds: nobody is done when the last one asks.
+    assert statuses.count(200) == MAX_REQUESTS
+    assert statuses.count(503) == len(statuses) - MAX_REQUESTS
+
+
+def test_what_a_dead_worker_had_queued_is_not_counted(server: Any) -> None:
+    with connected(server) as clients, ExitStack() as stack:
+        more = [c for _ in range(3) for c in stack.enter_context(connected(server))]
+        mine = [client for client in more if client.pid == clients[1].pid]
+        for client in mine:
+            client.start("POST", "/v1/completions", completion(1500, stream=True)).readline()
+        up = serving(server)
+        os.kill(clients[1].pid, signal.SIGKILL)
+        until(lambda: serving(server) > up, "a worker in its place")
+    with ExitStack() as stack:
+        groups = [stack.enter_context(connected(server)) for _ in range(4)]
+        everyone = [client for group in groups for client in group]
+        assert len(everyone) == MAX_REQUESTS
+        with ThreadPoolExecutor(MAX_REQUESTS) as threads:
+            asked = [
+                threads.submit(client.ask, "POST", "/v1/completions", completion(100))
+                for client in everyone
+            ]
+            assert [job.result()[0] for job in asked] == [200] * MAX_REQUESTS
+
+
+# /load
+
+
+def test_load_is_what_all_workers_serve(clients: list[Client], server: Any) -> None:
+    until(lambda: clients[0].get("/load") == {"server_load": 0}, "nothing is served")
+    with connected(server) as others:
+        bodies = (
+            completion(400, stream=True),  # the fast lane's
+            completion(400, stream=True, logprobs=1),
+            completion(400, stream=True),
+        )
+        responses = []
+        for client, body in zip(others, bodies, strict=True):
+            responses.append(client.start("POST", "/v1/completions", body))
+            responses[-1].readline()
+        assert [client.get("/load") for client in clients] == [{"server_load": 3}] * WORKERS
+        others[2].connection.sock.close()  # a client goes away
+        responses[2].close()
+        until(lambda: clients[1].get("/load") == {"server_load": 2}, "it is not served any more")
+        for response in responses[:2]:
+            response.read()
+        until(lambda: clients[2].get("/load") == {"server_load": 0}, "all are done")
+
+
+# Responses
+
+
+def test_a_response_is_known_to_every_worker(clients: list[Client], server: Any) -> None:
+    made = clients[1].post("/v1/responses", response())
+    path = f"/v1/responses/{made['id']}"
+    for client in clients:
+        assert client.get(path) == made
+        status, text = client.ask("POST", f"{path}/cancel")
+        assert (status, "Cannot cancel" in text) == (400, True)
+    # Continued by another worker; the prompt is what one process makes of it.
+    tokens = {
+        client.post("/v1/responses", response(previous_response_id=made["id"]))["usage"][
+            "input_tokens"
+        ]
+        for client in clients
+    }
+    assert len(tokens) == 1
+    assert tokens.pop() > made["usage"]["input_tokens"] + made["usage"]["output_tokens"]
+    up = serving(server)
+    os.kill(clients[1].pid, signal.SIGKILL)
+    until(lambda: serving(server) > up, "a worker in its place")
+    with connected(server) as again:  # it survives the worker that made it
+        assert [client.get(path) for client in again] == [made] * WORKERS
+        for client in again:
+            assert client.ask("GET", "/v1/responses/resp_none")[0] == 404
+            body = response(previous_response_id="resp_none")
+            assert client.ask("POST", "/v1/responses", body)[0] == 404
+
+
+def test_a_streamed_response_is_known_too(clients: list[Client]) -> None:
+    stream = clients[0].start("POST", "/v1/responses", response(stream=True)).read().decode()
+    made = json.loads(stream.split("event: response.completed\ndata: ")[1].partition("\n")[0])
+    found = [client.get(f"/v1/responses/{made['response']['id']}") for client in clients]
+    assert [one["output"][0]["content"] for one in found] == [
+        made["response"]["output"][0]["content"]
+    ] * WORKERS
+
+
+def test_a_background_response_goes_on_where_it_is_and_is_seen_from_everywhere(
+    clients: list[Client],
+) -> None:
+    body = response(background=True, store=True, max_output_tokens=300)
+    made = clients[2].post("/v1/responses", body)
+    path = f"/v1/responses/{made['id']}"
+    for client in clients:
+        assert client.get(path)["status"] in ("queued", "in_progress")
+    status, text = clients[0].ask(
+        "POST", "/v1/responses", response(previous_response_id="resp_none")
+    )
+    assert status == 404, text
+    until(
+        lambda: all(c.get(path)["status"] in ("completed", "incomplete") for c in clients),
+        "it is done",
+    )
+    assert clients[0].get(path) == clients[2].get(path)
+
+
+def test_a_background_response_is_cancelled_from_another_worker(
+    server: Any, clients: list[Client]
+) -> None:
+    body = response(background=True, store=True, max_output_tokens=1500)
+    made = clients[2].post("/v1/responses", body)
+    path = f"/v1/responses/{made['id']}"
+    until(
+        lambda: one(clients[0].get("/metrics"), "vllm:num_requests_running") == 1, "it is running"
+    )
+    assert clients[0].post(f"{path}/cancel", {})["status"] == "cancelled"
+    assert [client.get(path)["status"] for client in clients] == ["cancelled"] * WORKERS
+    until(
+        lambda: one(clients[1].get("/metrics"), "vllm:num_requests_running") == 0,
+        "the engine has stopped",
+    )
+    up = serving(server)
+    os.kill(clients[2].pid, signal.SIGKILL)
+    until(lambda: serving(server) > up, "a worker in its place")
+    with connected(server) as again:  # how it ended outlives its worker
+        assert [client.get(path)["status"] for client in again] == ["cancelled"] * WORKERS
+
+
+def test_a_background_stream_is_followed_from_another_worker(clients: list[Client]) -> None:
+    body = response(background=True, store=True, stream=True, max_output_tokens=150)
+    mine = clients[0].start("POST", "/v1/responses", body)
+    created = mine.readline() + mine.readline()
+    made = json.loads(created.split(b"data: ")[1])["response"]["id"]
+    theirs = clients[1].start("GET", f"/v1/responses/{made}?stream=true").read()
+    assert theirs == created + mine.read()
+    assert b"response.completed" in theirs
+    later = clients[2].start("GET", f"/v1/responses/{made}?stream=true&starting_after=1").read()
+    assert theirs.endswith(later)

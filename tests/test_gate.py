@@ -20,13 +20,11 @@ import uvicorn
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from scalellm_plugins import config
-from scalellm_plugins.errors import ConfigError
 from scalellm_plugins.frontends import counting, refusals
 from scalellm_plugins.frontends.accounting import Accounting
 from scalellm_plugins.frontends.admission import SERVER, Admission
 from scalellm_plugins.frontends.connection import FastLaneProtocol
-from scalellm_plugins.frontends.gate import GUARDED, Gate, check_off
+from scalellm_plugins.frontends.gate import GUARDED, Gate
 from scalellm_plugins.frontends.headers import CrossOrigin
 from scalellm_plugins.frontends.limits import Limits
 from scalellm_plugins.frontends.tenants import TenantFile
@@ -393,22 +391,3 @@ async def test_a_changed_file_counts_from_the_next_request_on(stand: Any, tmp_pa
     second.send(CHAT, b"{}", "Authorization: Bearer new-key")
     await here.inside()
     assert here.used("acme")[0] == 2, "the same tenant, counted on"
-
-
-@pytest.mark.parametrize(
-    ("options", "refused"),
-    [
-        ({"tenants": "file"}, True),
-        ({"tenants": "file", "enabled": False}, False),
-        ({"max_requests": 3}, False),
-    ],
-)
-def test_no_server_without_the_gate_where_tenants_show_keys(
-    clean_environment: pytest.MonkeyPatch, options: dict[str, Any], refused: bool
-) -> None:
-    config.raw_to_env({"frontend": options})
-    if not refused:
-        check_off()
-        return
-    with pytest.raises(ConfigError, match=r"'file' would not be looked at.*--api-key"):
-        check_off()

@@ -14,30 +14,10 @@ pytest.importorskip("vllm")
 
 from scalellm_plugins.engine.holding import TokenHolder, only_gauges
 
-from .lane_parts import (
-    CHAT,
-    COMPLETION,
-    Bench,
-    Peer,
-    Upstream,
-    bench,
-    counters,
-    dropped,
-    events,
-    output,
-    text_of,
-    wired,
-)
+from .lane_parts import CHAT, COMPLETION, Bench, Peer, bench, dropped, events, output, text_of
+from .lane_upstream import Upstream, counters, wired
 
 pytestmark = pytest.mark.vllm
-
-
-@pytest.fixture
-def lane() -> Bench:
-    """A lane without requests."""
-    made = bench()
-    made.fresh()
-    return made
 
 
 # Random requests over random steps, through the engine's holding, the codec and the lane
@@ -211,9 +191,10 @@ def _whole(stream: list[str]) -> list[Any]:
 
 
 @settings(max_examples=150)
-@given(script=st.lists(plans(), min_size=1, max_size=4), pauses=st.lists(
-    st.sampled_from([0.007, 0.0071, 0.6]), min_size=1, max_size=4
-))
+@given(
+    script=st.lists(plans(), min_size=1, max_size=4),
+    pauses=st.lists(st.sampled_from([0.007, 0.0071, 0.6]), min_size=1, max_size=4),
+)
 def test_clients_and_metrics_get_what_vllm_gives_them(
     script: list[Plan], pauses: list[float]
 ) -> None:
@@ -225,10 +206,50 @@ def test_clients_and_metrics_get_what_vllm_gives_them(
         _compare(peer, task)
     assert run.bench.idle()
     assert sorted(run.bench.core.aborts) == sorted(run.upstream.aborts)
-    ours, theirs = run.bench.counters(), counters(run.upstream.manager)
+    run.bench.link.book.flush()
+    ours = counters(run.bench.client.logger_manager)
+    theirs = counters(run.upstream.manager)
+    holds = {peer.hold for peer in run.peers}
+    # A step of which the engine keeps a part, and sends another, is counted as two: their sum is
+    # right, and so is all of it where every request is kept or none is.
+    apart = "histogram_iteration_tokens.0_" if {None} < holds else "-"
     different = {
         name: (ours.get(name), theirs.get(name))
         for name in ours | theirs
         if ours.get(name) != pytest.approx(theirs.get(name))
+        and (not name.startswith(apart) or "_sum" in name)
     }
+    assert any("generation_tokens" in name and value for name, value in theirs.items())
     assert not different
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETION])
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("created", [0, 5])
+def test_details_of_the_prompts_tokens_are_vllms(
+    path: str, stream: bool, created: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--enable-prompt-tokens-details: cached tokens, and those that were put into the cache."""
+    lane = bench()
+    lane.fresh()
+    route = lane.routes[path]
+    monkeypatch.setattr(route.handler, "enable_prompt_tokens_details", True)
+    monkeypatch.setattr(route, "streams", dict(route.streams))
+    monkeypatch.setattr(route, "full", route.full)
+    lane.run(route.learn(lane.tokenizer))
+    upstream = Upstream(lane)
+    body = {"stream_options": {"include_usage": True}} if stream else {}
+    peer = lane.take(path, stream=stream, **body)
+    task = upstream.add(peer)
+    first = output(peer, [WORDS[0]], "LENGTH", first=True)
+    first.prefill_stats.num_cache_creation_tokens = created
+    lane.step([first])
+    upstream.processor.process_outputs([first], 1.0, None)
+    lane.turn()
+    got = peer.response()[2]
+    if stream:
+        assert events(got) == events(task.result())
+    else:
+        ours, theirs = json.loads(got), json.loads(task.result())
+        ours["created"] = theirs["created"]
+        assert ours == theirs

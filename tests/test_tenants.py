@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from scalellm_plugins import cli
+from scalellm_plugins import cli, config
 from scalellm_plugins.errors import ConfigError
 from scalellm_plugins.frontends import tenants as tenants_module
 from scalellm_plugins.frontends.admission import Admission
@@ -197,6 +197,29 @@ def test_a_server_does_not_start_with_a_broken_file(path: Path) -> None:
     with pytest.raises(ConfigError):
         TenantFile(str(path))
     assert TenantFile(None).book.of(None) is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"tenants": "file"}, True),
+        ({"tenants": "file", "enabled": False}, False),
+        ({"max_requests": 3}, False),
+    ],
+)
+def test_no_server_without_the_gate_where_tenants_show_keys(
+    clean_environment: pytest.MonkeyPatch, options: dict[str, Any], refused: bool
+) -> None:
+    pytest.importorskip("uvicorn")
+    pytest.importorskip("prometheus_client")
+    from scalellm_plugins.frontends.gate import check_off
+
+    config.raw_to_env({"frontend": options})
+    if not refused:
+        check_off()
+        return
+    with pytest.raises(ConfigError, match=r"'file' would not be looked at.*--api-key"):
+        check_off()
 
 
 # The command

@@ -1,0 +1,298 @@
+"""What the engine keeps is sent later, complete, and counted as if it had been sent at once."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scalellm_plugins.engine.holding import (
+    HOLD,
+    KEPT,
+    RELEASE_S,
+    STATS_S,
+    TokenHolder,
+    only_gauges,
+)
+
+
+@dataclass
+class Output:
+    """As much of vLLM's `EngineCoreOutput` as is looked at."""
+
+    request_id: str
+    new_token_ids: list[int]
+    finish_reason: str | None = None
+    events: list[str] | None = None
+    kv_transfer_params: dict[str, Any] | None = None
+
+
+@dataclass
+class Message:
+    """As much of `EngineCoreOutputs`."""
+
+    outputs: list[Output]
+    timestamp: float
+    scheduler_stats: Any = None
+    finished_requests: set[str] | None = None
+    utility_output: Any = None
+
+
+def request(name: str, hold: Any = None) -> Any:
+    """A request that asks for `hold`."""
+    extra = None if hold is None else {HOLD: hold}
+    return SimpleNamespace(request_id=name, sampling_params=SimpleNamespace(extra_args=extra))
+
+
+def send(holder: TokenHolder, *outputs: Output, at: float, **others: Any) -> Message | None:
+    """Pass one client's step; returns its message, if there is one."""
+    step = {0: Message(list(outputs), at, **others)}
+    holder.filter(step, lambda _stats: True)
+    return step.get(0)
+
+
+class Client:
+    """Counts what it receives as the lane does, and as vLLM would have counted every step."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[str, list[int]] = defaultdict(list)
+        self.last: dict[str, float] = {}
+        self.counted = 0
+        self.latencies: Counter[float] = Counter()
+
+    def receive(self, message: Message, holds: dict[str, int | None]) -> None:
+        for output in message.outputs:
+            name = output.request_id
+            kept, last, steps = (output.kv_transfer_params or {}).get(KEPT, (0, 0.0, ()))
+            assert holds[name] is not None or not output.kv_transfer_params
+            assert kept <= len(output.new_token_ids)
+            self.counted += len(output.new_token_ids) - kept
+            self.tokens[name] += output.new_token_ids
+            if name in self.last:
+                self.latencies[message.timestamp - max(last, self.last[name])] += 1
+            self.last[name] = message.timestamp
+            for tokens, latencies in steps:
+                self.counted += tokens
+                for latency, count in latencies:
+                    self.latencies[latency] += count
+
+
+@dataclass
+class Expected:
+    """The same steps with nothing kept."""
+
+    tokens: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    last: dict[str, float] = field(default_factory=dict)
+    counted: int = 0
+    latencies: Counter[float] = field(default_factory=Counter)
+
+    def step(self, output: Output, now: float) -> None:
+        name = output.request_id
+        self.tokens[name] += output.new_token_ids
+        self.counted += len(output.new_token_ids)
+        if name in self.last:
+            self.latencies[now - self.last[name]] += 1
+        self.last[name] = now
+
+
+HOLDS = st.sampled_from([None, 0, 0, 1, 2, 3, 8])
+# Quarters are exact in binary, so that latencies can be compared for equality.
+PAUSES = st.sampled_from([0.25, 0.25, 0.25, 0.75])
+
+
+@given(data=st.data(), holds=st.lists(HOLDS, min_size=1, max_size=6))
+def test_every_token_arrives_in_order_and_is_counted_once(
+    data: st.DataObject, holds: list[int | None]
+) -> None:
+    """Steps of several clients; each request ends, and with it everything that was kept."""
+    holder = TokenHolder()
+    names = {f"r{index}": hold for index, hold in enumerate(holds)}
+    home = {name: index % 2 for index, name in enumerate(names)}
+    for name, hold in names.items():
+        holder.add(request(name, hold))
+    clients, expected = [Client(), Client()], [Expected(), Expected()]
+    running, now, token = list(names), 0.0, 0
+    while running:
+        # At least one runs: a step without outputs has no client.
+        stepping = [name for name in running if data.draw(st.booleans())] or running[:1]
+        now += data.draw(PAUSES)
+        step: dict[int, Message] = {}
+        for name in stepping:
+            count = data.draw(st.integers(1, 3))
+            ends = data.draw(st.integers(0, 5)) == 0
+            preempted = data.draw(st.integers(0, 9)) == 0
+            made = Output(
+                name,
+                list(range(token, token + count)),
+                "length" if ends else None,
+                ["preempted"] if preempted else None,
+            )
+            token += count
+            expected[home[name]].step(made, now)
+            step.setdefault(home[name], Message([], now)).outputs.append(made)
+            if ends:
+                running.remove(name)
+        holder.filter(step, lambda _stats: True)
+        for client, message in step.items():
+            assert message.outputs
+            clients[client].receive(message, names)
+    for client, want in zip(clients, expected, strict=True):
+        assert client.tokens == want.tokens
+        # What was kept in the last steps of all may have found nobody to carry it.
+        left = [step for steps in holder._steps.values() for step in steps]
+        if not left:
+            assert client.counted == want.counted
+            assert client.latencies == want.latencies
+    assert len(holder) == 0
+
+
+@given(steps=st.lists(st.integers(1, 4), min_size=2, max_size=30), every=st.integers(1, 6))
+def test_an_interval_is_never_exceeded(steps: list[int], every: int) -> None:
+    """The client would wait longer than it asked for."""
+    holder = TokenHolder()
+    holder.add(request("a", every))
+    waiting = 0
+    for number, count in enumerate(steps):
+        message = send(holder, Output("a", [0] * count), at=number * 0.001)
+        waiting = 0 if message else waiting + count
+        assert waiting < every
+        if number == 0:
+            assert message is not None, "the first token waits for nothing"
+
+
+def test_everything_is_sent_every_half_second() -> None:
+    """Counters and a long answer's tokens would lag until its end."""
+    holder = TokenHolder()
+    holder.add(request("a", 0))
+    assert send(holder, Output("a", [1]), at=100.0)
+    assert send(holder, Output("a", [2]), at=100.25) is None
+    message = send(holder, Output("a", [3]), at=100.25 + RELEASE_S)
+    assert message is not None
+    assert message.outputs[0].new_token_ids == [2, 3]
+
+
+def test_requests_of_others_are_left_as_they_are() -> None:
+    holder = TokenHolder()
+    for name, hold in {"plain": None, "text": "3", "negative": -1}.items():
+        holder.add(request(name, hold))
+    holder.add(SimpleNamespace(request_id="pooling", sampling_params=None))
+    assert len(holder) == 0
+    holder.add(request("held", 0))
+    for at in (1.0, 1.1):
+        outputs = [Output(name, [1]) for name in ("plain", "text", "negative", "pooling")]
+        message = send(holder, *outputs, at=at)
+        assert message is not None
+        assert [one.kv_transfer_params for one in message.outputs] == [None] * 4
+
+
+def test_an_aborted_request_leaves_nothing_behind() -> None:
+    """Its tokens would be sent with the next request of that name, or stay for ever."""
+    holder = TokenHolder()
+    holder.add(request("a", 0))
+    send(holder, Output("a", [1]), at=1.0)
+    send(holder, Output("a", [2]), at=1.1)
+    holder.forget(["a", "unknown"])
+    assert len(holder) == 0
+    holder.add(request("a", 0))
+    message = send(holder, Output("a", [9], "length"), at=1.2)
+    assert message is not None
+    assert message.outputs[0].new_token_ids == [9]
+    assert len(holder) == 0
+
+
+def test_what_is_kept_of_a_request_that_the_engine_aborts_is_given_out() -> None:
+    holder = TokenHolder()
+    for name in ("a", "b"):
+        holder.add(request(name, 0))
+    send(holder, Output("a", [1]), Output("b", [2]), at=1.0)
+    send(holder, Output("a", [3, 4]), at=1.25)
+    ((name, tokens, params),) = holder.release(["a", "b", "unknown"])
+    assert (name, tokens) == ("a", [3, 4])
+    assert params[KEPT][:2] == [2, 1.25]
+    assert len(holder) == 0
+    assert holder.release(["a"]) == []
+
+
+def test_clients_do_not_get_each_others_counts() -> None:
+    holder = TokenHolder()
+    for name in ("a", "b"):
+        holder.add(request(name, 0))
+
+    def step(at: float, *ends: str) -> dict[int, Message]:
+        made = {
+            client: Message([Output(name, [0], "length" if name in ends else None)], at)
+            for client, name in enumerate(("a", "b"))
+        }
+        holder.filter(made, lambda _stats: True)
+        return made
+
+    step(1.0)
+    assert step(1.25) == {}
+    both = step(1.5, "a")
+    assert list(both) == [0]
+    steps = both[0].outputs[0].kv_transfer_params
+    assert steps is not None
+    assert steps[KEPT] == [1, 1.25, [[1, [[0.25, 1]]], [0, []]]]
+
+
+# Statistics
+
+
+def test_gauges_alone_are_sent_only_now_and_then() -> None:
+    holder = TokenHolder()
+    holder.add(request("a", 0))
+    assert send(holder, Output("a", [1]), at=10.0, scheduler_stats="gauges")
+    assert send(holder, Output("a", [2]), at=10.001, scheduler_stats="gauges") is None
+    late = send(holder, Output("a", [3]), at=10.0 + 2 * STATS_S, scheduler_stats="gauges")
+    assert late is not None
+    assert (late.outputs, late.scheduler_stats) == ([], "gauges")
+    assert send(holder, Output("a", [4]), at=10.001 + 2 * STATS_S, scheduler_stats="new") is None
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"scheduler_stats": "counters"},
+        {"finished_requests": {"b"}},
+        {"utility_output": "answer"},
+    ],
+)
+def test_messages_with_other_news_are_always_sent(others: dict[str, Any]) -> None:
+    """Counters would be lost; a utility call would never return."""
+    holder = TokenHolder()
+    holder.add(request("a", 0))
+    send(holder, Output("a", [1]), at=10.0)
+    step = {0: Message([Output("a", [2])], 10.001, **others)}
+    holder.filter(step, lambda stats: stats != "counters")
+    assert step[0].outputs == []
+
+
+@pytest.mark.vllm
+def test_statistics_with_counters_are_told_from_gauges() -> None:
+    """Each counter of vLLM's `SchedulerStats` by itself; a new one must be looked at."""
+    pytest.importorskip("vllm")
+    from vllm.v1.metrics.stats import PrefixCacheStats, SchedulerStats
+
+    assert only_gauges(SchedulerStats(num_running_reqs=3, num_waiting_reqs=1, kv_cache_usage=0.5))
+    for prefix in ({"requests": 1}, {"queries": 1}, {"reset": True}):
+        assert not only_gauges(SchedulerStats(prefix_cache_stats=PrefixCacheStats(**prefix)))
+    counters = (
+        "connector_prefix_cache_stats",
+        "kv_cache_eviction_events",
+        "spec_decoding_stats",
+        "kv_connector_stats",
+        "ec_connector_stats",
+        "cudagraph_stats",
+        "perf_stats",
+        "iteration_details",
+    )
+    for name in counters:
+        if hasattr(SchedulerStats(), name):
+            stats = SchedulerStats()
+            setattr(stats, name, [object()])
+            assert not only_gauges(stats), name
