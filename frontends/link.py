@@ -19,6 +19,7 @@ from typing import Any
 import zmq
 
 from .bookkeeping import Bookkeeper
+from .shared_values import clock
 
 logger = logging.getLogger("vllm.scalellm")
 
@@ -138,6 +139,7 @@ class Link:
         if done.reqs_to_abort:
             self.abort(done.reqs_to_abort)
         processor.update_scheduler_stats(outputs.scheduler_stats)
+        clock.heard(outputs)
         self.book.message(outputs.engine_index, outputs.scheduler_stats, stats)
 
     def add(self, request: Any) -> None:

@@ -45,13 +45,18 @@ class MessageClock:
         self.sent = 0.0
         self._last = 0.0
 
+    def heard(self, outputs: Any) -> None:
+        """Note a message (`EngineCoreOutputs`), if it says how the scheduler is: few do."""
+        if outputs.scheduler_stats is not None:
+            self._last = outputs.timestamp + self.offset
+
     def follow(self, client: Any) -> None:
         """Note the time of every message that a client of the engine (an `AsyncMPClient`) gets."""
         get = client.get_output_async
 
         async def get_output_async() -> Any:
             outputs = await get()
-            self._last = outputs.timestamp + self.offset
+            self.heard(outputs)
             return outputs
 
         client.get_output_async = get_output_async

@@ -180,12 +180,13 @@ def _whole(stream: list[str]) -> list[Any]:
     for event in stream:
         content = {"choices": []} if event == "[DONE]" else json.loads(event)
         if content.get("choices"):
-            (choice,) = content["choices"]
             content.pop("usage", None)
+        news = text_of(json.dumps(content)) is None
+        for choice in content.get("choices", ()):
             delta = choice.get("delta", choice)
             for name in ("content", "text"):
                 text += delta.pop(name, "")
-        if text_of(event) is None:
+        if news:
             others.append(content)
     return [text, *others]
 

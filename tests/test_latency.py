@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scalellm_plugins.frontends import latency
+from scalellm_plugins.frontends import bookkeeping, latency
 from scalellm_plugins.frontends.latency import StepLatencies, observe
 
 BOUNDS = (0.01, 0.1, 1.0)
@@ -101,12 +101,11 @@ def test_other_peoples_loggers_get_latencies_one_by_one() -> None:
     found = histogram()
 
     def of(*loggers: Any, ranks: int = 1) -> Any:
-        return latency._histogram_of(
-            SimpleNamespace(
-                logger_manager=SimpleNamespace(stat_loggers=loggers),
-                engine_core=SimpleNamespace(engine_ranks_managed=range(ranks)),
-            )
+        client = SimpleNamespace(
+            logger_manager=SimpleNamespace(stat_loggers=loggers),
+            engine_core=SimpleNamespace(engine_ranks_managed=range(ranks)),
         )
+        return latency._histogram_of(bookkeeping.prometheus_logger(client))
 
     ours = PrometheusStatLogger(found)
     assert of(ours) is found
@@ -116,7 +115,7 @@ def test_other_peoples_loggers_get_latencies_one_by_one() -> None:
     assert of(ours, ranks=2) is None
     assert of() is None
     assert of(PrometheusStatLogger(object())) is None
-    assert latency._histogram_of(SimpleNamespace(logger_manager=None)) is None
+    assert bookkeeping.prometheus_logger(SimpleNamespace(logger_manager=None)) is None
 
 
 @pytest.mark.vllm

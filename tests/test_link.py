@@ -178,6 +178,16 @@ async def test_nothing_is_lost_when_the_link_takes_over(engine: Engine) -> None:
     assert engine.names == ["before", "at once", "directly after", "later"]
 
 
+async def test_a_message_of_which_the_descriptor_says_nothing_is_read(engine: Engine) -> None:
+    """It tells of a change only, and asking for events (as vLLM's socket does) takes that away."""
+    plain = zmq.Socket.shadow(engine.core.resources.output_socket)
+    engine.send("a")
+    assert plain.poll(LIMIT_S * 1000)
+    assert plain.getsockopt(zmq.EVENTS) & zmq.POLLIN
+    opened(engine)
+    await engine.until(lambda: engine.names == ["a"])
+
+
 async def test_many_messages_at_once_leave_connections_their_turn(engine: Engine) -> None:
     opened(engine)
     turns: list[int] = []

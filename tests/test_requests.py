@@ -129,6 +129,33 @@ def test_requests_are_those_that_vllm_makes(path: str, asked: list[Any]) -> None
             assert ours.request_id.startswith(theirs.request_id + "-")
 
 
+@pytest.mark.parametrize("path", [CHAT, COMPLETION])
+def test_what_is_the_requests_own_does_not_come_from_the_pattern(path: str) -> None:
+    made = maker(path)
+    for number, header in enumerate([None, 7, None]):
+        own: dict[str, Any] = {
+            "priority": number,
+            "cache_salt": f"salt {number}",
+            "session_id": f"session {number}",
+            "max_tokens": number + 1,
+        }
+        body = full(path, {"stop": ["a"], **own})
+        ask = (
+            bench()
+            .routes[path]
+            .read(json.dumps(body).encode(), Asked(priority=header), f"name {number}")
+        )
+        assert ask is not None
+        ask.arrival_time = float(number)
+        got = made.make(ask, [5] * (number + 1), None)
+        assert got.priority == (number if header is None else header)
+        assert (got.cache_salt, got.session_id) == (own["cache_salt"], own["session_id"])
+        assert (got.prompt_token_ids, got.arrival_time) == ([5] * (number + 1), float(number))
+        assert got.sampling_params.max_tokens == number + 1
+        assert f"name {number}" in got.external_req_id
+    assert len(made._patterns) == 1
+
+
 def test_a_pattern_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is what makes requests cheap; with lists among the parameters, too."""
     made = maker(CHAT)
