@@ -52,7 +52,8 @@ class Answer:
         self.cycle = cycle
         self.ask = ask
         self.clock = Clock()
-        self.paused = False
+        # The answer before it on this connection may not have been read yet.
+        self.paused = bool(getattr(getattr(connection, "flow", None), "write_paused", False))
         self.waiting = False
         """Whether the lane will call `flush` at the end of this turn."""
         self.over = False
@@ -356,7 +357,7 @@ class WholeAnswer(Answer):
     def flush(self) -> None:
         """See the base."""
         self.waiting = False
-        if self.body is not None and not self.cycle.disconnected:
+        if self.body is not None and not self.paused and not self.cycle.disconnected:
             body, self.body = self.body, None
             self._respond(200, body)
 

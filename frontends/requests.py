@@ -114,13 +114,25 @@ class RequestMaker:
             extra: more extra arguments, for the engine's side of this package.
         """
         try:
-            self._client.check_admission(request_id=ask.engine_id)
+            self._check_admission(ask.engine_id)
             request = self._make(ask, ids, hold, extra)
         except Exception as error:
             logger.debug("left to vLLM's own code: %s", error)
             return None
         self._client.input_processor.assign_request_id(request)
         return request
+
+    def _check_admission(self, request_id: str) -> None:
+        """Ask vLLM whether its own queue limits have room; it counts the refusal when it answers.
+
+        (It is asked again there, and would otherwise count one refusal twice.)
+        """
+        client = self._client
+        client._record_admission_rejection = _nothing
+        try:
+            client.check_admission(request_id=request_id)
+        finally:
+            del client._record_admission_rejection
 
     def _make(self, ask: Ask, ids: list[int], hold: int | None, extra: Any) -> Any:
         body = ask.body

@@ -218,4 +218,39 @@ FAST_LANE = (
             ),
         ),
     ),
+    Seam(
+        name="gate",
+        feature="frontend",
+        why="limits count the full lane's prompts and tenants' keys are added to vLLM's",
+        targets=(
+            Target(
+                module=_LLM,
+                qualname="AsyncLLM.generate",
+                parameters=("prompt", "sampling_params", "request_id"),
+                calls=("self.add_request",),
+            ),
+            Target(
+                module=_LLM,
+                qualname="AsyncLLM.encode",
+                parameters=("prompt", "pooling_params", "request_id"),
+            ),
+            Target(
+                module=_OUTPUT,
+                qualname="OutputProcessor.add_request",
+                parameters=("request", "prompt", "parent_req", "request_index", "queue"),
+                is_async=False,
+            ),
+            Target(
+                module="vllm.entrypoints.serve.middleware.authenticate",
+                qualname="AuthenticationMiddleware.__init__",
+                parameters=("app", "tokens"),
+                assigns=("self.api_tokens",),
+            ),
+            Target(
+                module="vllm.entrypoints.serve.middleware.authenticate",
+                qualname="AuthenticationMiddleware.verify_token",
+                parameters=("headers",),
+            ),
+        ),
+    ),
 )

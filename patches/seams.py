@@ -360,8 +360,7 @@ FRONTEND = (
                 qualname="build_app",
                 parameters=("args", "supported_tasks", "model_config"),
             ),
-            # That a plugin's route replaces the core one. Before 0.32 it is only appended, so the
-            # core route wins, and the fast lane has to put its own in front by itself.
+            # Its hook `init_state` is where the fast lane is put beside the core routes.
             Target(
                 module=_ENDPOINTS,
                 qualname="attach_endpoint_plugins",
