@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from scalellm_plugins.engine.holding import KEPT
-
 from .accounting import Accounting
 from .answers import Answer, StreamedAnswer, WholeAnswer
 from .detokenize import Detokenizer, escape
@@ -26,6 +24,7 @@ from .link import Link
 from .requests import RequestMaker
 from .routes import Ask, ChatRoute, CompletionRoute, Route
 from .segments import Plan
+from .tally import Tally
 from .timing import Stages
 
 if TYPE_CHECKING:
@@ -70,6 +69,7 @@ class Lane:
         self.threads = concurrent.futures.ThreadPoolExecutor(1, "scalellm-tokenize")
         self.latencies = StepLatencies(engine_client)
         self.stages = Stages()
+        self.tally = Tally(self)
         self.server_interval: int = engine_client.vllm_config.scheduler_config.stream_interval
         self.link: Link | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -80,12 +80,11 @@ class Lane:
         self._upstream: Callable[..., Any] = self.processor.process_outputs
         from vllm.exceptions import MaxQueuedTokensError
         from vllm.v1.engine import FinishReason
-        from vllm.v1.metrics.stats import IterationStats, RequestStateStats
+        from vllm.v1.metrics.stats import RequestStateStats
 
         self._stop = FinishReason.STOP
         self._error = FinishReason.ERROR
         self._full = MaxQueuedTokensError
-        self._iteration_stats = IterationStats
         self._stats: Any = RequestStateStats if self.processor.log_stats else None
 
     # Requests
@@ -218,7 +217,7 @@ class Lane:
         states = self.states
         rest = []
         aborts: list[str] = []
-        latencies = self.latencies
+        tally, latencies = self.tally, self.latencies
         fresh = self._fresh
         for output in outputs:
             answer = states.get(output.request_id)
@@ -229,10 +228,10 @@ class Lane:
                 token_ids = output.new_token_ids
                 reason = output.finish_reason
                 if answer.hold is not None:
-                    self._count_held(answer, output, timestamp, stats)
+                    tally.held(answer, output, timestamp, stats)
                 elif stats is not None:
                     if answer.is_prefilling or output.events is not None:
-                        self._count_unusual(answer, output, timestamp, stats)
+                        tally.unusual(answer, output, timestamp, stats)
                     else:
                         # What IterationStats.update_from_output does in the steady state.
                         known = answer.stats
@@ -241,7 +240,7 @@ class Lane:
                         latencies.add(timestamp, known.last_token_ts, stats)
                         known.last_token_ts = timestamp
                 elif answer.is_prefilling:
-                    self._first(answer, output)
+                    tally.first(answer, output)
                 matched = answer.advance(token_ids, stopped=reason is self._stop)
                 if reason is not None or matched is not None:
                     self._finished(answer, output, matched, stats, aborts)
@@ -262,63 +261,6 @@ class Lane:
         if aborts:
             result.reqs_to_abort.extend(aborts)
         return result
-
-    def _first(self, answer: Answer, output: Any) -> None:
-        answer.is_prefilling = False
-        if answer.connection.admitted is not None:
-            answer.connection.admitted.first()
-        prefill = output.prefill_stats
-        if prefill is not None:
-            answer.num_cached_tokens = prefill.num_cached_tokens
-            answer.num_cache_creation_tokens = prefill.num_cache_creation_tokens
-
-    def _count_unusual(self, answer: Answer, output: Any, timestamp: Any, stats: Any) -> None:
-        self.processor._update_stats_from_output(answer, output, timestamp, stats)
-        if answer.is_prefilling:
-            self._first(answer, output)
-
-    def _count_held(self, answer: Answer, output: Any, timestamp: Any, stats: Any) -> None:
-        """Count an output that may have brought tokens of several steps (see `KEPT`)."""
-        kept = (output.kv_transfer_params or {}).get(KEPT)
-        if stats is None:
-            if answer.is_prefilling:
-                self._first(answer, output)
-            return
-        tokens, last, steps = kept or (0, 0.0, ())
-        if answer.is_prefilling:
-            self._count_unusual(answer, output, timestamp, stats)
-        else:
-            known = answer.stats
-            if output.events is not None:
-                stats.update_from_events(
-                    answer.request_id, output.events, False, known, self.processor.lora_states, None
-                )
-            known.num_generation_tokens += len(output.new_token_ids)
-            stats.num_generation_tokens += len(output.new_token_ids) - tokens
-            self.latencies.add(timestamp, max(last, known.last_token_ts), stats)
-            known.last_token_ts = timestamp
-        if steps:
-            self._count_steps(steps, stats)
-
-    def _count_steps(self, steps: list[Any], stats: Any) -> None:
-        """Count what was kept in steps of the engine: the last is this message's own."""
-        *unsent, (held, latencies) = steps
-        stats.num_generation_tokens += held
-        self.latencies.add_groups(latencies, stats)
-        for tokens, latencies in unsent:
-            self._count_silent(tokens, latencies, stats)
-
-    def _count_silent(self, tokens: int, latencies: list[Any], stats: Any) -> None:
-        """Count a step of the engine that sent this client nothing."""
-        manager = self.engine_client.logger_manager
-        if self.link is not None and self.link.book.batching:
-            self.latencies.add_groups(latencies, stats)
-            self.link.book.silent_step(tokens)
-        elif manager is not None:
-            silent = self._iteration_stats()
-            silent.num_generation_tokens = tokens
-            self.latencies.add_groups(latencies, silent)
-            manager.record(scheduler_stats=None, iteration_stats=silent)
 
     def _finished(
         self, answer: Answer, output: Any, matched: str | None, stats: Any, aborts: list[str]
