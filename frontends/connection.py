@@ -51,6 +51,8 @@ class FastLaneProtocol(HttpToolsProtocol):
                 super()._start_asgi_task(cycle, app)
                 return
         if self.lane is None or app is not self.app or not self.lane.may_take(cycle):
+            if self.lane is not None and cycle.scope["path"].startswith("/metrics"):
+                self.lane.catch_up()
             self._start_application(cycle, app)
         elif cycle.more_body:
             self._held = (cycle, app)

@@ -341,6 +341,12 @@ class Lane:
             self.loop.call_later(SETTLE_S, self.settle)
         self._ended.append((answer, status, time.time() - answer.ask.arrival_time))
 
+    def catch_up(self) -> None:
+        """Count everything that waits to be counted: somebody is about to look."""
+        self.settle()
+        if self.link is not None:
+            self.link.book.flush()
+
     def settle(self) -> None:
         """Count the exchanges that have ended."""
         ended, self._ended = self._ended, []
