@@ -174,11 +174,12 @@ class Route:
         """Return how many tokens may be generated, by vLLM's own rule.
 
         Raises:
-            ValueError: more were asked for than the context has.
+            ValueError: more were asked for than the context has left.
         """
         wanted = self.wanted_tokens(body)
-        if wanted is not None and wanted > self.max_model_len:
-            raise ValueError("more tokens asked for than the context has")
+        if wanted is not None and wanted > self.max_model_len - prompt_len:
+            # vLLM clamps this since 0.32 and refused it before: its own code knows.
+            raise ValueError("more tokens asked for than the context has left")
         handler = self.handler
         most: int = self._get_max_tokens(
             self.max_model_len,

@@ -58,8 +58,8 @@ def upstream(path: str, ask: Any, body: dict[str, Any], ids: list[int], hold: An
     route = bench().routes[path]
     made = route.request_class(**body)
     wanted = made.max_tokens
-    if wanted is not None and wanted > route.max_model_len:
-        return None  # vLLM's renderer does not let it through
+    if wanted is not None and wanted > route.max_model_len - len(ids):
+        return None  # clamped or refused, by release: vLLM's own code does either
     try:
         most = route._get_max_tokens(
             route.max_model_len,
