@@ -12,6 +12,7 @@ from starlette.requests import Request
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from .access_log import AccessLog
+from .metric import metric
 from .request_log import RequestLog
 
 if TYPE_CHECKING:
@@ -33,8 +34,11 @@ class Accounting:
         self._log_kind = access_log
         self._request_log: RequestLog | None = None
         self._instrumentations: list[Any] | None = None
-        self._requests = _counter(
-            "scalellm:requests", "HTTP requests of the hot routes by lane", ("lane", "route")
+        self._requests = metric(
+            prometheus_client.Counter,
+            "scalellm:requests",
+            "HTTP requests of the hot routes by lane",
+            ("lane", "route"),
         )
         self._proxied: Any = None
         self._log: AccessLog | None = None
@@ -68,15 +72,15 @@ class Accounting:
         """Write uvicorn's line of the access log, as it does when an answer starts."""
         if not cycle.access_log or self._log_kind != "uvicorn":
             return
-        scope = cycle.scope
-        if any(name.startswith(b"x-forwarded-") for name, _ in scope["headers"]):
-            self._resolve_proxy(scope)
+        self._resolve_proxy(cycle.scope)
         if self._log is None:
             self._log = AccessLog(cycle.access_logger)
-        self._log.write(scope, status)
+        self._log.write(cycle.scope, status)
 
     def _resolve_proxy(self, scope: Any) -> None:
         """Let uvicorn's middleware put the client's address into the scope, if it trusts it."""
+        if not any(name.startswith(b"x-forwarded-") for name, _ in scope["headers"]):
+            return
         if self._proxied is None:
             config = self._app.state.server.config
             self._proxied = config.proxy_headers and ProxyHeadersMiddleware(
@@ -93,8 +97,7 @@ class Accounting:
 
     def log(self, scope: Any, status: int, seconds: float, **more: Any) -> None:
         """Write our access log's line for a request that ended."""
-        if any(name.startswith(b"x-forwarded-") for name, _ in scope["headers"]):
-            self._resolve_proxy(scope)
+        self._resolve_proxy(scope)
         if self._request_log is None:
             self._request_log = RequestLog(logging.getLogger("uvicorn.access"), self._log_kind)
         self._request_log.ended(scope, status, seconds, **more)
@@ -208,11 +211,3 @@ def _instrumentations(app: Any) -> list[Any]:
             return list(layer.instrumentations)
         layer = getattr(layer, "app", None)
     return []
-
-
-def _counter(name: str, text: str, labels: tuple[str, ...]) -> Any:
-    """Make a counter, or find it: a process may build its application more than once."""
-    try:
-        return prometheus_client.Counter(name, text, labels)
-    except ValueError:
-        return prometheus_client.REGISTRY._names_to_collectors[name]

@@ -12,6 +12,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
+from .detokenize import escape
 from .stops import StopText
 from .templates import (
     CACHED,
@@ -74,7 +75,6 @@ class Answer:
         self.num_cached_tokens = 0
         self.num_cache_creation_tokens = 0
         self.stats: Any = None
-        self.last_ts = 0.0
 
     def admitted(self, request: Any, stats: Any) -> None:
         """Take over what vLLM made of the request (an `EngineCoreRequest`)."""
@@ -145,9 +145,23 @@ class Answer:
             STORED: b"%d" % self.num_cache_creation_tokens,
         }
 
+    def _token_stream(self) -> TokenStream:
+        skip, spaces = self.special
+        return self.lane.detokenizer.stream(
+            self.prompt_ids, skip_special_tokens=skip, spaces_between_special_tokens=spaces
+        )
+
     def _identity(self) -> dict[str, bytes]:
         name = json.dumps(self.ask.request_id, ensure_ascii=False)[1:-1]
         return {ID: name.encode("utf-8", "surrogatepass"), CREATED: b"%d" % self.ask.created}
+
+
+def _ending(reason: str, stop_reason: int | str | None) -> dict[str, bytes]:
+    """How a request ended, for templates."""
+    return {
+        FINISH: json.dumps(reason).encode(),
+        STOP: json.dumps(stop_reason, ensure_ascii=False).encode(),
+    }
 
 
 class StreamedAnswer(Answer):
@@ -188,10 +202,7 @@ class StreamedAnswer(Answer):
         that takes long, they go ahead (`send_headers`).
         """
         super().admitted(request, stats)
-        skip, spaces = self.special
-        self.stream = self.lane.detokenizer.stream(
-            self.prompt_ids, skip_special_tokens=skip, spaces_between_special_tokens=spaces
-        )
+        self.stream = self._token_stream()
         identity = self._identity()
         self._bound = identity
         if not self.templates.counts:
@@ -219,7 +230,7 @@ class StreamedAnswer(Answer):
 
     def _add(self, text: str) -> None:
         if text:
-            self.text += self.lane.escape(text)
+            self.text += escape(text)
 
     def end(self, reason: str, stop_reason: int | str | None) -> None:
         """See the base."""
@@ -265,9 +276,7 @@ class StreamedAnswer(Answer):
             self.begun = self.begun or any(events)
             self._write(events)
             return
-        reason, stop_reason = self.last
-        values[FINISH] = json.dumps(reason).encode()
-        values[STOP] = json.dumps(stop_reason, ensure_ascii=False).encode()
+        values |= _ending(*self.last)
         if self.num_tokens:  # vLLM leaves it out of a stream that was ended before its first token
             events.append(self.templates.finish.render(values))
         if self.templates.usage is not None:
@@ -319,10 +328,7 @@ class WholeAnswer(Answer):
         """As the base; stop strings are looked for as tokens come."""
         super().admitted(request, stats)
         if self.stop is not None:
-            skip, spaces = self.special
-            self.stream = self.lane.detokenizer.stream(
-                self.prompt_ids, skip_special_tokens=skip, spaces_between_special_tokens=spaces
-            )
+            self.stream = self._token_stream()
 
     def advance(self, token_ids: list[int], *, stopped: bool) -> str | None:
         """See the base."""
@@ -348,9 +354,8 @@ class WholeAnswer(Answer):
                 spaces_between_special_tokens=spaces,
             )
         values = {**self._identity(), **self.counts(self.num_tokens)}
-        values[TEXT] = self.lane.escape(text)
-        values[FINISH] = json.dumps(reason).encode()
-        values[STOP] = json.dumps(stop_reason, ensure_ascii=False).encode()
+        values[TEXT] = escape(text)
+        values |= _ending(reason, stop_reason)
         self.body = self.template.render(values)
         self.over = True  # not before: should this fail, there is still an error to answer with
 

@@ -22,19 +22,19 @@ logger = logging.getLogger("vllm.scalellm")
 
 def obstacles(engine_client: Any, state: Any, args: Namespace) -> list[str]:
     """Return why this server's requests must all take vLLM's own way, one line per reason."""
-    config = engine_client.vllm_config
+    server = engine_client.vllm_config
     model = engine_client.model_config
     given = {
         "--middleware": args.middleware,
         "--enable-log-requests": args.enable_log_requests,
         "--enable-log-outputs": getattr(args, "enable_log_outputs", False),
         "--enable-per-request-metrics": getattr(args, "enable_per_request_metrics", False),
-        "--otlp-traces-endpoint": config.observability_config.otlp_traces_endpoint,
-        "--enable-elastic-ep": getattr(config.parallel_config, "enable_elastic_ep", False),
-        "--kv-transfer-config": config.kv_transfer_config,
+        "--otlp-traces-endpoint": server.observability_config.otlp_traces_endpoint,
+        "--enable-elastic-ep": getattr(server.parallel_config, "enable_elastic_ep", False),
+        "--kv-transfer-config": server.kv_transfer_config,
         "--sse-keep-alive-interval": getattr(args, "sse_keep_alive_interval", 0),
         "--skip-tokenizer-init": model.skip_tokenizer_init,
-        "--watermark-config": getattr(config, "watermark_config", None),
+        "--watermark-config": getattr(server, "watermark_config", None),
         "--return-tokens-as-token-ids": args.return_tokens_as_token_ids,
     }
     reasons = [f"{option} needs vLLM's own code" for option, value in given.items() if value]
@@ -44,7 +44,7 @@ def obstacles(engine_client: Any, state: Any, args: Namespace) -> list[str]:
         reasons.append("the model is a diffusion model")
     if not hasattr(state, "openai_serving_completion"):
         reasons.append("the model does not generate text")
-    level = getattr(config.observability_config, "per_request_spec_decode_metrics", "none")
+    level = getattr(server.observability_config, "per_request_spec_decode_metrics", "none")
     if level != "none":
         reasons.append("--per-request-spec-decode-metrics needs vLLM's own code")
     return reasons

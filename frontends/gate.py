@@ -27,6 +27,7 @@ from .accounting import Accounting
 from .admission import SERVER, Admission, Bounds, Prompt, Ticket
 from .headers import CrossOrigin
 from .limits import GAUGES, UNLIMITED, DrainRate, Limits, Refusal
+from .metric import metric
 from .tenants import OPTION, TENANT, Tenant, TenantFile
 
 logger = logging.getLogger("vllm.scalellm")
@@ -171,14 +172,14 @@ class Gate:
         self._echo_id = echo_id
         self._seats: dict[str, Seat] = {}
         self._drains: dict[int, DrainRate] = {}
-        self._refused = _metric(
+        self._refused = metric(
             prometheus_client.Counter,
             "scalellm:admission_rejections",
             "Requests that a limit had no room for, by the limit's owner and name",
             ("tenant", "limit"),
         )
         self._gauges = [
-            _metric(
+            metric(
                 prometheus_client.Gauge,
                 f"scalellm:admission_{gauge}",
                 f"What the limit max_{gauge} is about, by tenant, over all workers",
@@ -317,14 +318,6 @@ def _path(scope: Any) -> str:
     path: str = scope["path"]
     root = scope.get("root_path")
     return path.removeprefix(root) if root else path
-
-
-def _metric(kind: Any, name: str, text: str, labels: tuple[str, ...], **options: Any) -> Any:
-    """Make a metric, or find it: a process may build its application more than once."""
-    try:
-        return kind(name, text, labels, **options)
-    except ValueError:
-        return prometheus_client.REGISTRY._names_to_collectors[name]
 
 
 # Putting it up

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .accounting import Accounting
 from .answers import Answer, StreamedAnswer, WholeAnswer
-from .detokenize import Detokenizer, escape
+from .detokenize import Detokenizer
 from .headers import HeaderReader
 from .latency import StepLatencies
 from .link import Link
@@ -62,7 +62,6 @@ class Lane:
         self.detokenizer = detokenizer
         self.headers = headers
         self.accounting = accounting
-        self.escape = escape
         self.processor = engine_client.output_processor
         self.states: dict[str, Any] = self.processor.request_states
         self.loop = asyncio.get_running_loop()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +69,8 @@ class Route:
     path: str
     prefix: str
     class_name: str
+    probe_stream: Callable[[Any, Any, probes.StreamKind], Awaitable[StreamTemplates]]
+    probe_full: Callable[[Any, Any], Awaitable[Template]]
 
     def __init__(self, handler: Any, prompts: ChatPrompts) -> None:
         from vllm import envs
@@ -104,7 +107,9 @@ class Route:
         Raises:
             TemplateError: vLLM's answers look otherwise than known.
         """
-        raise NotImplementedError
+        for kind in probes.STREAM_KINDS:
+            self.streams[kind] = await self.probe_stream(self.handler, tokenizer, kind)
+        self.full = await self.probe_full(self.handler, tokenizer)
 
     def read(self, raw: bytes, asked: Asked, fallback_id: str) -> Ask | None:
         """Decode a body; None when it is not for the lane."""
@@ -221,18 +226,14 @@ class ChatRoute(Route):
     path = "/v1/chat/completions"
     prefix = "chatcmpl"
     class_name = "ChatCompletionRequest"
+    probe_stream = staticmethod(probes.chat_stream)
+    probe_full = staticmethod(probes.chat_full)
 
     def _decoder(self, known: Any) -> msgspec.json.Decoder[Any]:
         return bodies.chat_decoder(known)
 
     def _prototype(self) -> Any:
         return self.request_class(messages=[{"role": "user", "content": "x"}])
-
-    async def learn(self, tokenizer: Any) -> None:
-        """See the base."""
-        for kind in probes.STREAM_KINDS:
-            self.streams[kind] = await probes.chat_stream(self.handler, tokenizer, kind)
-        self.full = await probes.chat_full(self.handler, tokenizer)
 
     def plan(self, ask: Ask) -> Plan | list[int] | None:
         """See the base."""
@@ -265,18 +266,14 @@ class CompletionRoute(Route):
     path = "/v1/completions"
     prefix = "cmpl"
     class_name = "CompletionRequest"
+    probe_stream = staticmethod(probes.completion_stream)
+    probe_full = staticmethod(probes.completion_full)
 
     def _decoder(self, known: Any) -> msgspec.json.Decoder[Any]:
         return bodies.completion_decoder(known)
 
     def _prototype(self) -> Any:
         return self.request_class(prompt="x")
-
-    async def learn(self, tokenizer: Any) -> None:
-        """See the base."""
-        for kind in probes.STREAM_KINDS:
-            self.streams[kind] = await probes.completion_stream(self.handler, tokenizer, kind)
-        self.full = await probes.completion_full(self.handler, tokenizer)
 
     def _engine_id(self, name: str) -> str:
         return f"{name}-0"  # vLLM numbers a completion's prompts

@@ -20,6 +20,8 @@ from typing import Any
 
 import prometheus_client
 
+from .metric import metric
+
 STAGES = ("tokenize", "to_engine", "engine_queue", "prefill", "decode", "write")
 _ENGINE = ("engine_queue", "prefill", "decode")
 _BUCKETS = (
@@ -62,7 +64,7 @@ class Stages:
     """Metrics of one worker."""
 
     def __init__(self) -> None:
-        seconds = _metric(
+        seconds = metric(
             prometheus_client.Histogram,
             "scalellm:request_stage_seconds",
             "Time of a request by stage.",
@@ -70,17 +72,17 @@ class Stages:
             buckets=_BUCKETS,
         )
         self._histograms = [seconds.labels(stage) for stage in STAGES]
-        self._total = _metric(
+        self._total = metric(
             prometheus_client.Counter,
             "scalellm:request_seconds",
             "Seconds from complete request to last byte, of all requests of the fast lane.",
         )
-        self._gateway = _metric(
+        self._gateway = metric(
             prometheus_client.Counter,
             "scalellm:gateway_seconds",
             "Those of these seconds that were not the engine's.",
         )
-        self._share = _metric(
+        self._share = metric(
             prometheus_client.Gauge,
             "scalellm:gateway_share",
             "The gateway's share of end-to-end latency since the start (0-1).",
@@ -110,11 +112,3 @@ def server_timing(stages: dict[str, float]) -> bytes:
     parts = [f"{stage};dur={value * 1e3:.2f}" for stage, value in stages.items()]
     total = sum(stages.values()) * 1e3
     return f"server-timing: {', '.join(parts)}, total;dur={total:.2f}\r\n".encode()
-
-
-def _metric(kind: Any, name: str, text: str, labels: tuple[str, ...] = (), **options: Any) -> Any:
-    """Make a metric, or find it: a process may build its application more than once."""
-    try:
-        return kind(name, text, labels, **options)
-    except ValueError:
-        return prometheus_client.REGISTRY._names_to_collectors[name]

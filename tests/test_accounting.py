@@ -110,7 +110,9 @@ def test_instrumentations_with_other_rules_are_called(options: dict[str, bool]) 
 
 
 def test_a_server_without_metrics_counts_nothing() -> None:
-    exchanges(Accounting(SimpleNamespace(middleware_stack=None)))
+    made = Accounting(SimpleNamespace(middleware_stack=None))
+    exchanges(made)
+    assert not made._exchanges
 
 
 def test_requests_are_counted_by_lane() -> None:
