@@ -116,6 +116,10 @@ class Answer:
         """
         raise NotImplementedError
 
+    def push(self, token_id: int) -> str | None:
+        """Take one token that does not end the request: `advance`, as often as there are tokens."""
+        return self.advance([token_id], stopped=False)
+
     def end(self, reason: str, stop_reason: int | str | None) -> None:
         """Note how it ended; the next `flush` writes it."""
         raise NotImplementedError
@@ -226,6 +230,14 @@ class StreamedAnswer(Answer):
             token_ids = token_ids[:-1]
         for token_id in token_ids:
             self.text += stream.feed_json(token_id)
+        return None
+
+    def push(self, token_id: int) -> str | None:
+        """See the base."""
+        if self.stop is not None:
+            return self.advance([token_id], stopped=False)
+        self.num_tokens += 1
+        self.text += self.stream.feed_json(token_id)  # type: ignore[union-attr]
         return None
 
     def _add(self, text: str) -> None:

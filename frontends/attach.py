@@ -90,6 +90,8 @@ async def attach(engine_client: Any, app: Any, state: Any, args: Namespace) -> N
         return
     engine_client.output_processor.process_outputs = lane.on_outputs
     lane.link = Link.open(engine_client)
+    if lane.link is not None:
+        lane.link.lane = lane
     state.scalellm_lane = lane
     logger.info(
         "fast lane: on for %s; detokenizer: %s", ", ".join(lane.routes), lane.detokenizer.why

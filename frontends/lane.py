@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from scalellm_plugins.messages import Step
+
 from .accounting import Accounting
 from .answers import Answer, StreamedAnswer, WholeAnswer
 from .detokenize import Detokenizer
@@ -186,7 +188,7 @@ class Lane:
             self._spawn(self._send_by_vllm(answer, request))
             return
         try:
-            self.link.add(request)
+            self.link.add(request, answer)
         except Exception as error:
             self._forget(answer)
             answer.put(error)
@@ -255,17 +257,57 @@ class Lane:
         if fresh and not self._flushing:
             # After the steps that are already here: a worker that is late makes larger events.
             self._flushing = True
-            self.loop.call_soon(self._flush)
+            self.loop.call_soon(self.flush)
         result = self._upstream(rest, timestamp, stats, **others)
         if aborts:
             result.reqs_to_abort.extend(aborts)
         return result
 
+    def on_columns(
+        self, step: Step, stats: Any, requests: dict[int, Any]
+    ) -> tuple[list[tuple[int, int]], list[str]]:
+        """Take a step's columns: one token each, of requests that are in their steady state.
+
+        Returns (slot, token) of requests that are not the lane's, and requests to abort.
+        """
+        others = []
+        aborts: list[str] = []
+        timestamp = step.timestamp
+        latencies, fresh = self.latencies, self._fresh
+        taken = 0
+        for slot, token in zip(step.slots, step.tokens, strict=True):
+            answer = requests.get(slot)
+            if not isinstance(answer, Answer):
+                others.append((slot, token))
+                continue
+            try:
+                taken += 1
+                if stats is not None:
+                    known = answer.stats
+                    known.num_generation_tokens += 1
+                    latencies.add(timestamp, known.last_token_ts, stats)
+                    known.last_token_ts = timestamp
+                matched = answer.push(token)
+                if matched is not None:
+                    self._finished(answer, None, matched, stats, aborts)
+                if not answer.waiting:
+                    answer.waiting = True
+                    fresh.append(answer)
+            except Exception as error:
+                logger.exception("the fast lane failed on an output of %s", answer.request_id)
+                aborts.append(answer.request_id)
+                self._forget(answer)
+                answer.put(error)
+        latencies.close(timestamp)
+        if stats is not None:
+            stats.num_generation_tokens += taken
+        return others, aborts
+
     def _finished(
         self, answer: Answer, output: Any, matched: str | None, stats: Any, aborts: list[str]
     ) -> None:
         reason = self._stop if matched is not None else output.finish_reason
-        if matched is not None and output.finish_reason is None:
+        if matched is not None and (output is None or output.finish_reason is None):
             aborts.append(answer.request_id)  # the engine does not know about stop strings
         self.processor._finish_request(answer)
         self.processor._update_stats_from_finished(answer, reason, stats)
@@ -276,7 +318,8 @@ class Lane:
             return
         answer.end(str(reason), matched if matched is not None else output.stop_reason)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write what the steps since the last time have brought."""
         self._flushing = False
         fresh, self._fresh = self._fresh, []
         for answer in fresh:

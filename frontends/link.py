@@ -14,12 +14,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zmq
 
+from scalellm_plugins import messages
+from scalellm_plugins.messages import Step
+
 from .bookkeeping import Bookkeeper
+from .engine_rings import EngineRings
 from .shared_values import clock
+
+if TYPE_CHECKING:
+    from .lane import Lane
 
 logger = logging.getLogger("vllm.scalellm")
 
@@ -41,13 +48,16 @@ class Link:
         self._inputs: Any = zmq.Socket.shadow(self._core.input_socket)
         self._fd = int(self._outputs.getsockopt(zmq.FD))
         self._closed = self._loop.create_future()
-        from vllm.v1.engine import EngineCoreRequestType, core, core_client
+        from vllm.v1.engine import EngineCoreOutput, EngineCoreRequestType, core, core_client
 
         self._dead_length = len(core.EngineCoreProc.ENGINE_CORE_DEAD)
         self._settle = core_client._process_utility_output
         self._add_type = EngineCoreRequestType.ADD.value
         self._abort_type = EngineCoreRequestType.ABORT.value
         self.book = Bookkeeper(engine_client)
+        self.lane: Lane | None = None
+        self._rings: EngineRings | None = getattr(self._core, "_scalellm_rings", None)
+        self._output = EngineCoreOutput
 
     @classmethod
     def open(cls, engine_client: Any) -> Link | None:
@@ -83,6 +93,8 @@ class Link:
         self._client.output_handler = guard
         self._core.resources.output_socket._clear_io_state()
         self._loop.add_reader(self._fd, self._read)
+        if self._rings is not None:
+            self._rings.start(self)
         self._loop.call_soon(self._read)  # what came in between does not make the descriptor ready
 
     async def _guard(self) -> None:
@@ -90,6 +102,8 @@ class Link:
             await self._closed
         finally:
             self._loop.remove_reader(self._fd)
+            if self._rings is not None:
+                self._rings.close()
 
     def _read(self) -> None:
         """Read all that is there: the descriptor only tells that there is more than before.
@@ -131,19 +145,70 @@ class Link:
         if not outputs.outputs and outputs.scheduler_stats is None:
             return
         client = self._client
-        processor = client.output_processor
         stats = self.book.statistics() if client.log_stats and outputs.outputs else None
-        version = getattr(outputs, "weight_version", None)
-        named = {} if version is None else {"weight_version": version}
-        done = processor.process_outputs(outputs.outputs, outputs.timestamp, stats, **named)
-        if done.reqs_to_abort:
-            self.abort(done.reqs_to_abort)
-        processor.update_scheduler_stats(outputs.scheduler_stats)
-        clock.heard(outputs)
+        self._process(outputs.outputs, outputs.timestamp, stats, outputs)
         self.book.message(outputs.engine_index, outputs.scheduler_stats, stats)
 
-    def add(self, request: Any) -> None:
-        """Send a request to the engine.
+    def _process(self, outputs: list[Any], timestamp: float, stats: Any, message: Any) -> None:
+        """Have a message's outputs processed: by the lane, and what is not its own by vLLM."""
+        processor = self._client.output_processor
+        version = getattr(message, "weight_version", None)
+        named = {} if version is None else {"weight_version": version}
+        done = processor.process_outputs(outputs, timestamp, stats, **named)
+        if done.reqs_to_abort:
+            self.abort(done.reqs_to_abort)
+        processor.update_scheduler_stats(message.scheduler_stats)
+        clock.heard(message)
+
+    # Sink of the rings
+
+    def on_step(self, step: Step, general: Any, rings: EngineRings) -> None:
+        """Columns to the lane; for vLLM's own requests outputs are made of them."""
+        stats = self.book.statistics() if self._client.log_stats else None
+        others, aborts = self._columns(step, stats, rings.requests)
+        if aborts:
+            self.abort(aborts)
+        scheduler = None
+        if general is not None:
+            scheduler = general.scheduler_stats
+            self._process(others + general.outputs, step.timestamp, stats, general)
+        elif others:
+            version = rings.weight_version()
+            self._process(others, step.timestamp, stats, _Bare(version))
+        self.book.message(0, scheduler, stats)
+
+    def _columns(
+        self, step: Step, stats: Any, requests: dict[int, Any]
+    ) -> tuple[list[Any], list[str]]:
+        if self.lane is not None:
+            taken, aborts = self.lane.on_columns(step, stats, requests)
+        else:
+            taken, aborts = list(zip(step.slots, step.tokens, strict=True)), []
+        output = self._output
+        others = [
+            output(request_id, [token])
+            for slot, token in taken
+            if (request_id := requests.get(slot)) is not None
+        ]
+        return others, aborts
+
+    def on_outputs(self, outputs: Any) -> None:
+        """A message like those of the socket."""
+        self._handle(outputs)
+
+    def on_end(self) -> None:
+        """Write what has come, now: nothing else is here that could go along."""
+        if self.lane is not None:
+            self.lane.flush()
+
+    def on_dead(self, error: Exception) -> None:
+        """As when the engine says so."""
+        self._fail(error)
+
+    # To the engine
+
+    def add(self, request: Any, answer: Any) -> None:
+        """Send a request of the lane to the engine.
 
         Raises:
             EngineDeadError: there is none any more.
@@ -151,15 +216,37 @@ class Link:
         core = self._core
         core.ensure_alive()
         request.client_index = core.client_index
+        rings = self._rings
+        if rings is not None and rings.reaches(core.core_engine):
+            rings.add(core.core_engine, request, answer)
+            return
         self._send(self._add_type, request)
 
     def abort(self, request_ids: list[str]) -> None:
         """Tell the engine to drop requests, if it is alive."""
-        if not self._core.resources.engine_dead:
+        if self._core.resources.engine_dead:
+            return
+        rings = self._rings
+        if rings is None or not rings.reaches(self._core.core_engine):
             self._send(self._abort_type, request_ids)
+            return
+        for request_id in request_ids:
+            rings.forget(request_id)
+        frames = self._core.encoder.encode(request_ids)
+        rings.send(self._core.core_engine, messages.ABORT, frames)
 
     def _send(self, kind: bytes, message: Any) -> None:
         core = self._core
         parts = (core.core_engine, kind, *core.encoder.encode(message))
         # vLLM's sockets have no high-water mark: this does not block.
         self._inputs.send_multipart(parts, copy=False)
+
+
+class _Bare:
+    """A message of columns alone, as far as vLLM's functions look at one."""
+
+    scheduler_stats = None
+    timestamp = 0.0
+
+    def __init__(self, weight_version: Any) -> None:
+        self.weight_version = weight_version

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .catalog_ipc import IPC
 from .catalog_shared import SHARED
 from .contracts import Target
 from .entries import Patch, When
@@ -189,6 +190,7 @@ PATCHES: tuple[Patch, ...] = (
         remove_when="vLLM has a hook for a started server",
     ),
     *SHARED,
+    *IPC,
     Patch(
         name="engine_abort_client",
         feature="frontend",

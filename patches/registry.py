@@ -21,6 +21,7 @@ from scalellm_plugins.errors import ContractError, UnsupportedVLLMError
 
 from . import contracts, live
 from .catalog import PATCHES, Patch, When
+from .ipc_seams import IPC_SEAMS
 from .lane_seams import FAST_LANE
 from .live import MARK
 from .planned_seams import PLANNED
@@ -45,7 +46,7 @@ __all__ = [
 
 logger = logging.getLogger("vllm.scalellm")  # below "vllm": its handlers and its level
 
-SEAMS: tuple[Seam, ...] = (*READY, *FAST_LANE, *WORKERS, *PLANNED)
+SEAMS: tuple[Seam, ...] = (*READY, *FAST_LANE, *WORKERS, *IPC_SEAMS, *PLANNED)
 
 
 @dataclass(frozen=True)

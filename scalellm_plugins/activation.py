@@ -165,9 +165,10 @@ def _unfit(command: str, arguments: argparse.Namespace) -> dict[str, str]:
         elif getattr(arguments, "grpc", False):
             unfit["frontend"] = "--grpc: no HTTP server"
         elif _has_rust_frontend():
-            unfit["frontend"] = "VLLM_USE_RUST_FRONTEND: the HTTP server is not Python"
+            reason = "VLLM_USE_RUST_FRONTEND: the HTTP server is not Python"
+            unfit |= {"frontend": reason, "ipc": reason}
         return unfit
-    return {"frontend": reason, "status": reason}
+    return {"frontend": reason, "status": reason, "ipc": reason}
 
 
 def _has_rust_frontend() -> bool:

@@ -43,7 +43,7 @@ FEATURES: dict[str, Feature] = {
             "HTTP workers that follow demand, replaced when they die; a fast lane in each",
             "partial",
         ),
-        Feature("ipc", "shared-memory columns between frontends and the engine", "planned"),
+        Feature("ipc", "shared-memory columns between frontends and the engine", "partial"),
         Feature(
             "scheduler",
             "a lean decode step; fair, deadline and preemptive-priority policies",

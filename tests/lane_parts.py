@@ -35,7 +35,7 @@ class Core:
         """Keep it, or refuse it."""
         self.add(request)
 
-    def add(self, request: Any) -> None:
+    def add(self, request: Any, answer: Any = None) -> None:
         """Keep it, or refuse it."""
         if self.refuses is not None:
             raise self.refuses

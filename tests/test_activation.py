@@ -51,11 +51,12 @@ def test_a_feature_is_picked_by_name() -> None:
 @pytest.mark.parametrize(
     ("picked", "options", "expected"),
     [
-        (["scalellm"], {"status": "off"}, {"frontend"}),
+        (["scalellm"], {"status": "off"}, {"frontend", "ipc"}),
+        (["scalellm"], {"ipc": "off"}, {"frontend", "status"}),
         (["scalellm.frontend"], {"status": "on"}, {"frontend", "status"}),
         (["scalellm.frontend"], {"frontend": "off"}, set()),
         (["scalellm"], {"enabled": "off"}, set()),
-        (["scalellm"], {"sim": {"enabled": "on"}}, {"frontend", "status", "sim"}),
+        (["scalellm"], {"sim": {"enabled": "on"}}, {"frontend", "ipc", "status", "sim"}),
     ],
 )
 def test_a_switch_beats_a_name(
@@ -77,8 +78,8 @@ def test_a_broken_contract_turns_its_feature_off_and_says_why(
 def test_strict_refuses_instead(monkeypatch: pytest.MonkeyPatch) -> None:
     strict = config.parse({"strict": "on"})
     decision.decide(["scalellm"], strict)  # planned features that nobody named do not count
-    with pytest.raises(ContractError, match="ipc: planned"):
-        decision.decide(["scalellm", "scalellm.ipc"], strict)
+    with pytest.raises(ContractError, match="scheduler: planned"):
+        decision.decide(["scalellm", "scalellm.scheduler"], strict)
     monkeypatch.setitem(HOLDS, "status", ["module X is gone"])
     with pytest.raises(ContractError, match="module X is gone"):
         decision.decide(["scalellm"], strict)
@@ -87,7 +88,7 @@ def test_strict_refuses_instead(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_decision_travels_and_is_not_taken_twice() -> None:
     run(["scalellm"], {"status": "off"})
     assert not activation.is_due()
-    assert on(activation.states()) == {"frontend"}
+    assert on(activation.states()) == {"frontend", "ipc"}
     before = dict(os.environ)
     activation.from_environment()  # what a child process does
     assert dict(os.environ) == before
@@ -248,7 +249,7 @@ def test_options_stay_alive_under_a_foreign_allowlist(
 
 
 def test_the_table_is_short_and_says_why() -> None:
-    text = decision.table(decision.decide(["scalellm.ipc"], config.Config()))
+    text = decision.table(decision.decide(["scalellm.scheduler"], config.Config()))
     assert len(text.splitlines()) == len(FEATURES) + 2
     assert "planned: not in version" in text
 
@@ -283,13 +284,13 @@ def test_the_simulated_gpu_needs_a_name_of_ours(environment: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("command", "attributes", "expected"),
     [
-        ("serve", {}, {"status", "frontend"}),
-        ("", {}, {"status"}),
+        ("serve", {}, {"status", "frontend", "ipc"}),
+        ("", {}, {"status", "ipc"}),
         ("run-batch", {}, set()),
         ("bench throughput", {}, set()),
         ("serve", {"headless": True}, set()),
-        ("serve", {"data_parallel_multi_port_external_lb": True}, {"status"}),
-        ("serve", {"grpc": True}, {"status"}),
+        ("serve", {"data_parallel_multi_port_external_lb": True}, {"status", "ipc"}),
+        ("serve", {"grpc": True}, {"status", "ipc"}),
     ],
 )
 def test_features_of_the_http_side_need_one(

@@ -232,7 +232,7 @@ async def test_a_dead_engine_is_told_and_nothing_is_sent_any_more(engine: Engine
         await engine.client.output_handler
     assert engine.client.output_handler.done(), "vLLM asks this to tell whether it is alive"
     with pytest.raises(EngineDeadError):
-        link.add(request())
+        link.add(request(), None)
     link.abort(["a"])
     assert not engine.dealer.poll(0)
 
@@ -258,7 +258,7 @@ def request() -> EngineCoreRequest:
 
 async def test_requests_and_aborts_leave_at_once(engine: Engine) -> None:
     link = opened(engine)
-    link.add(request())
+    link.add(request(), None)
     link.abort(["x", "y"])
     kind, *frames = engine.received()
     assert kind == EngineCoreRequestType.ADD.value
