@@ -213,7 +213,7 @@ async def measure(
         clock = time.thread_time()
         stats = IterationStats()
         lane.engine_client.output_processor.process_outputs(outputs, 1.0 + step * 0.007, stats)
-        lane._flush()
+        lane.flush()
         passed = time.thread_time()
         manager.record(scheduler_stats=None, iteration_stats=stats)
         recorded = time.thread_time()

@@ -16,9 +16,10 @@ import contextlib
 import itertools
 import logging
 import os
+import select
 import struct
 from array import array
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import zmq
 
@@ -37,10 +38,19 @@ TO_ENGINE, FROM_ENGINE = 1 << 20, 1 << 20
 """Bytes of a ring: 500 steps of 256 tokens, or 200 short prompts. Larger messages go beside it."""
 
 
+class Columns(NamedTuple):
+    """A step's plain outputs: who gets which token."""
+
+    timestamp: float
+    receivers: list[Any]
+    """As given to `EngineRings.add`; None for a request that has ended here."""
+    tokens: list[int]
+
+
 class Sink(Protocol):
     """Who takes what engines send."""
 
-    def on_step(self, step: messages.Step, general: Any, rings: EngineRings) -> None:
+    def on_step(self, step: Columns, general: Any, rings: EngineRings) -> None:
         """Columns; `general`: the step's `EngineCoreOutputs` with the rest, or None."""
 
     def on_outputs(self, outputs: Any) -> None:
@@ -58,7 +68,17 @@ class _Engine:
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
+        # Readable when its process has ended, or hung up. The socket alone would be readable
+        # whenever the descriptor of a large message comes.
+        self.end = select.epoll()
+        self.end.register(channel.peer.pidfd, select.EPOLLIN)
+        self.end.register(channel.peer.socket, select.EPOLLRDHUP)
         self.weight_version: Any = None
+        self.slots: list[int] = []
+        """Of its last step."""
+        self.receivers: list[Any] = []
+        """For those slots, as long as `ended` has not changed."""
+        self.ended = 0
 
 
 class EngineRings:
@@ -71,6 +91,7 @@ class EngineRings:
         self._slots = itertools.count()
         self.requests: dict[int, Any] = {}
         self._slot_of: dict[str, int] = {}
+        self._ended = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self.sink: Sink | None = None
 
@@ -109,7 +130,7 @@ class EngineRings:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._wake_fd, self._read)
         for identity, engine in self._engines.items():
-            self._loop.add_reader(engine.channel.peer.pidfd, self._died, identity)
+            self._loop.add_reader(engine.end.fileno(), self._died, identity)
         self._loop.call_soon(self._read)
 
     def close(self) -> None:
@@ -129,8 +150,7 @@ class EngineRings:
 
     def add(self, engine: bytes, request: Any, receiver: Any = None) -> None:
         """Send a request. `receiver`: whom `on_step` finds in `requests`; by default the id."""
-        number = next(self._slots)
-        slot = number if number <= messages.LAST_SLOT else messages.NO_SLOT
+        slot = next(self._slots)
         request_id = request.request_id
         ids = request.prompt_token_ids
         request.prompt_token_ids = None
@@ -139,9 +159,8 @@ class EngineRings:
         finally:
             request.prompt_token_ids = ids
         prompt = array("i", ids) if ids else b""
-        if slot >= 0:
-            self.requests[slot] = request_id if receiver is None else receiver
-            self._slot_of[request_id] = slot
+        self.requests[slot] = request_id if receiver is None else receiver
+        self._slot_of[request_id] = slot
         self._engines[engine].channel.put(messages.ADD, [_SLOT.pack(slot), prompt, *frames])
 
     def send(self, engine: bytes, kind: int, frames: Any) -> None:
@@ -153,6 +172,7 @@ class EngineRings:
         slot = self._slot_of.pop(request_id, None)
         if slot is not None:
             self.requests.pop(slot, None)
+            self._ended += 1
 
     # From engines
 
@@ -191,8 +211,8 @@ class EngineRings:
         assert sink is not None
         decode = self._client.decoder.decode
         if message.kind == messages.STEP:
-            step = messages.read_step(message.data)
-            general = decode(bytes(step.general)) if step.general else None
+            step = messages.decode_step(message.data)
+            general = None if step.general is None else decode(step.general)
         elif message.kind in (messages.FRAMED_STEP, messages.OUTPUTS):
             frames: list[Any] = list(frames_of(message))
             if message.borrowed:
@@ -202,13 +222,28 @@ class EngineRings:
                 self._settle(engine, general)
                 sink.on_outputs(general)
                 return
-            step = messages.read_step(memoryview(frames[0]))
+            step = messages.decode_step(frames[0])
             general = decode(frames[1:]) if frames[1:] else None
         else:
             raise ScaleLLMError(f"message of unknown kind {message.kind}")
+        columns = Columns(step.timestamp, self._receivers(engine, step), step.tokens)
         if general is not None:
             self._settle(engine, general)
-        sink.on_step(step, general, self)
+        sink.on_step(columns, general, self)
+
+    def _receivers(self, engine: _Engine, step: messages.Step) -> list[Any]:
+        """Look up who gets a step's tokens; mostly those who got the tokens before."""
+        if step.slots is not None:
+            engine.slots = step.slots
+        if step.slots is not None or engine.ended != self._ended:
+            receiver_of = self.requests.get
+            engine.ended = self._ended
+            engine.receivers = [receiver_of(slot) for slot in engine.slots]
+        if len(engine.receivers) != len(step.tokens):
+            raise messages.StepCorrupted(
+                f"step of {len(step.tokens)} tokens for {len(engine.slots)} slots"
+            )
+        return engine.receivers
 
     def _settle(self, engine: _Engine, outputs: Any) -> None:
         engine.weight_version = getattr(outputs, "weight_version", None)
@@ -223,7 +258,7 @@ class EngineRings:
     # Ends
 
     def _died(self, identity: bytes) -> None:
-        """An engine's process has ended: read its last words, then tell."""
+        """An engine has ended: read its last words, then tell."""
         engine = self._engines.get(identity)
         if engine is None:
             return
@@ -244,5 +279,6 @@ class EngineRings:
     def _forget_engine(self, identity: bytes) -> None:
         engine = self._engines.pop(identity)
         if self._loop is not None:
-            self._loop.remove_reader(engine.channel.peer.pidfd)
+            self._loop.remove_reader(engine.end.fileno())
+        engine.end.close()
         engine.channel.close()

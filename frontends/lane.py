@@ -15,11 +15,10 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from scalellm_plugins.messages import Step
-
 from .accounting import Accounting
 from .answers import Answer, StreamedAnswer, WholeAnswer
 from .detokenize import Detokenizer
+from .engine_rings import Columns
 from .headers import HeaderReader
 from .latency import StepLatencies
 from .link import Link
@@ -263,22 +262,20 @@ class Lane:
             result.reqs_to_abort.extend(aborts)
         return result
 
-    def on_columns(
-        self, step: Step, stats: Any, requests: dict[int, Any]
-    ) -> tuple[list[tuple[int, int]], list[str]]:
+    def on_columns(self, step: Columns, stats: Any) -> tuple[list[tuple[str, int]], list[str]]:
         """Take a step's columns: one token each, of requests that are in their steady state.
 
-        Returns (slot, token) of requests that are not the lane's, and requests to abort.
+        Returns (request, token) of what is not the lane's, and requests to abort.
         """
         others = []
         aborts: list[str] = []
         timestamp = step.timestamp
         latencies, fresh = self.latencies, self._fresh
         taken = 0
-        for slot, token in zip(step.slots, step.tokens, strict=True):
-            answer = requests.get(slot)
+        for answer, token in zip(step.receivers, step.tokens, strict=True):
             if not isinstance(answer, Answer):
-                others.append((slot, token))
+                if answer is not None:
+                    others.append((answer, token))
                 continue
             try:
                 taken += 1

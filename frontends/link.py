@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 import zmq
 
 from scalellm_plugins import messages
-from scalellm_plugins.messages import Step
 
 from .bookkeeping import Bookkeeper
-from .engine_rings import EngineRings
+from .engine_rings import Columns, EngineRings
 from .shared_values import clock
 
 if TYPE_CHECKING:
@@ -162,35 +161,21 @@ class Link:
 
     # Sink of the rings
 
-    def on_step(self, step: Step, general: Any, rings: EngineRings) -> None:
+    def on_step(self, step: Columns, general: Any, rings: EngineRings) -> None:
         """Columns to the lane; for vLLM's own requests outputs are made of them."""
         stats = self.book.statistics() if self._client.log_stats else None
-        others, aborts = self._columns(step, stats, rings.requests)
+        assert self.lane is not None
+        others, aborts = self.lane.on_columns(step, stats)
         if aborts:
             self.abort(aborts)
+        outputs = [self._output(request_id, [token]) for request_id, token in others]
         scheduler = None
         if general is not None:
             scheduler = general.scheduler_stats
-            self._process(others + general.outputs, step.timestamp, stats, general)
-        elif others:
-            version = rings.weight_version()
-            self._process(others, step.timestamp, stats, _Bare(version))
+            self._process(outputs + general.outputs, step.timestamp, stats, general)
+        elif outputs:
+            self._process(outputs, step.timestamp, stats, _Bare(rings.weight_version()))
         self.book.message(0, scheduler, stats)
-
-    def _columns(
-        self, step: Step, stats: Any, requests: dict[int, Any]
-    ) -> tuple[list[Any], list[str]]:
-        if self.lane is not None:
-            taken, aborts = self.lane.on_columns(step, stats, requests)
-        else:
-            taken, aborts = list(zip(step.slots, step.tokens, strict=True)), []
-        output = self._output
-        others = [
-            output(request_id, [token])
-            for slot, token in taken
-            if (request_id := requests.get(slot)) is not None
-        ]
-        return others, aborts
 
     def on_outputs(self, outputs: Any) -> None:
         """A message like those of the socket."""

@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from scalellm_plugins.messages import Step
-
-from .engine_rings import EngineRings
+from .engine_rings import Columns, EngineRings
 
 
 class _Decoded(list[Any]):
@@ -70,18 +68,17 @@ class MergedSocket:
 
     # Sink of the rings
 
-    def on_step(self, step: Step, general: Any, rings: EngineRings) -> None:
+    def on_step(self, step: Columns, general: Any, rings: EngineRings) -> None:
         """Make vLLM's message of columns."""
         if general is None:
             general = self._outputs(timestamp=step.timestamp)
             version = rings.weight_version()
             if version is not None:
                 general.weight_version = version
-        requests = rings.requests
         outputs = [
             self._output(request_id, [token])
-            for slot, token in zip(step.slots, step.tokens, strict=True)
-            if (request_id := requests.get(slot)) is not None
+            for request_id, token in zip(step.receivers, step.tokens, strict=True)
+            if request_id is not None
         ]
         general.outputs = outputs + general.outputs
         self.on_outputs(general)

@@ -1,21 +1,13 @@
 """Messages between frontends and engines, as they cross `ipc.channel`.
 
 Rare ones are vLLM's own structs in its own codec (`MsgpackEncoder`: msgpack, large tensors as
-frames of their own), so that nothing that a release adds is lost. A decode step is columns:
-
-    timestamp  float64   of the step, seconds, the engine's monotonic clock
-    count      uint32    outputs: n
-    general    uint32    bytes of a packed `EngineCoreOutputs` with what columns cannot say
-    slots      int32[n]  which request (the number that its frontend gave it)
-    tokens     int32[n]  its new token
+frames of their own), so that nothing that a release adds is lost. A decode step is columns, see
+`Step`.
 """
 
 from __future__ import annotations
 
-import struct
-from array import array
-from collections.abc import Sequence
-from typing import NamedTuple
+import msgspec
 
 from .errors import ScaleLLMError
 
@@ -23,62 +15,49 @@ from .errors import ScaleLLMError
 # ids (int32[]; the request's own list is None then) before them.
 ADD, ABORT, UTILITY = 1, 2, 3
 
-# From engines. STEP: as above, no frames. FRAMED_STEP: columns, then frames of EngineCoreOutputs.
-# OUTPUTS: frames of EngineCoreOutputs.
+# From engines. STEP: an encoded `Step`, no frames. FRAMED_STEP: a `Step`, then the frames of its
+# EngineCoreOutputs. OUTPUTS: frames of EngineCoreOutputs.
 STEP, FRAMED_STEP, OUTPUTS = 16, 17, 18
 
 NO_SLOT = -1
-LAST_SLOT = 2**31 - 1
-
-_HEADER = struct.Struct("<dII")
 
 
 class StepCorrupted(ScaleLLMError):
     """A record that is no step."""
 
 
-class Step(NamedTuple):
-    """A step that was read. `general` is a view of the record."""
+class Step(msgspec.Struct, array_like=True, gc=False):
+    """A step's plain outputs: one new token each, of requests by the slots that they came with.
+
+    As msgpack, one call on either side: for 256 outputs it takes a third of the time of packing
+    int32 columns from lists and unpacking them to lists, and two thirds of the bytes.
+    """
 
     timestamp: float
-    slots: list[int]
+    """Of the step, seconds, the engine's monotonic clock."""
+    slots: list[int] | None
+    """None: those of this channel's step before, which is what most steps have."""
     tokens: list[int]
-    general: memoryview
+    general: bytes | None = None
+    """A packed `EngineCoreOutputs` with what columns cannot say."""
 
 
-def step_size(count: int, general: int) -> int:
-    """Return the bytes of a step."""
-    return _HEADER.size + 8 * count + general
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Step)
+
+encode_step = _encoder.encode
 
 
-def write_step(
-    view: memoryview, timestamp: float, slots: Sequence[int], tokens: Sequence[int], general: bytes
-) -> None:
-    """Write a step into `step_size` bytes."""
-    count = len(slots)
-    _HEADER.pack_into(view, 0, timestamp, count, len(general))
-    middle = _HEADER.size + 4 * count
-    end = middle + 4 * count
-    view[_HEADER.size : middle] = memoryview(array("i", slots)).cast("B")
-    view[middle:end] = memoryview(array("i", tokens)).cast("B")
-    if general:
-        view[end:] = general
-
-
-def read_step(view: memoryview) -> Step:
-    """Read a step; the columns are copied, so only `general` needs the record.
+def decode_step(data: bytes | memoryview) -> Step:
+    """Decode a step; nothing of `data` is kept.
 
     Raises:
-        StepCorrupted: the sizes do not add up.
+        StepCorrupted: it is none, or its columns differ in length.
     """
     try:
-        timestamp, count, general = _HEADER.unpack_from(view, 0)
-    except struct.error as error:
-        raise StepCorrupted(f"step of {len(view)} bytes: {error}") from None
-    if step_size(count, general) != len(view):
-        raise StepCorrupted(f"step of {len(view)} bytes says {count} outputs, {general} more bytes")
-    middle = _HEADER.size + 4 * count
-    end = middle + 4 * count
-    slots = view[_HEADER.size : middle].cast("i").tolist()
-    tokens = view[middle:end].cast("i").tolist()
-    return Step(timestamp, slots, tokens, view[end:])
+        step = _decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise StepCorrupted(f"step of {len(data)} bytes: {error}") from None
+    if step.slots is not None and len(step.slots) != len(step.tokens):
+        raise StepCorrupted(f"step of {len(step.slots)} slots and {len(step.tokens)} tokens")
+    return step

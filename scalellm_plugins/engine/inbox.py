@@ -22,6 +22,8 @@ from scalellm_plugins.errors import ScaleLLMError
 from scalellm_plugins.ipc.channel import frames_of
 from scalellm_plugins.ipc.ring import signal
 
+from .holding import HOLD
+
 if TYPE_CHECKING:
     from scalellm_plugins.ipc.channel import Message
 
@@ -95,13 +97,10 @@ class Inbox:
     put = put_nowait
 
     def empty(self) -> bool:
-        """Whether `get` would wait."""
-        if self._items:
-            return False
-        return not any(
-            one.channel.dead or (not one.pending and one.channel.consumer.has_more())
-            for one in self._connected
-        )
+        """Whether `get` would wait; the main loop only, since it reads what is there to tell."""
+        if not self._items:
+            self._read_all()
+        return not self._items
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
         """Return the next (request type, request); the main loop only.
@@ -136,6 +135,7 @@ class Inbox:
         """Read this frontend's ring from now on; from the thread that accepts frontends."""
         with self._lock:
             self._connected = (*self._connected, Connected(index, frontend))
+        self._wake()  # it may sleep already, and this ring does not know
 
     def wake(self) -> None:
         """Have the main loop look: a frontend has died."""
@@ -145,11 +145,13 @@ class Inbox:
         for one in self._connected:
             if one.channel.dead:
                 self._drop(one)
-            elif not one.pending:
+            elif not one.pending and one.channel.consumer.has_more():
                 try:
                     self._read(one)
-                except ScaleLLMError as error:
-                    logger.error("frontend %d is cut off: %s", one.index, error)
+                except Exception:
+                    # It hangs up and notices: what it has sent cannot be read, and is not lost
+                    # silently.
+                    logger.exception("frontend %d is cut off", one.index)
                     one.channel.dead = True
                     self._drop(one)
 
@@ -226,7 +228,8 @@ class Inbox:
         except Exception:
             engine._handle_request_preproc_error(request)
             return None
-        one.frontend.admit(request, slot, self._columns and _fits_columns(request))
+        columns = slot >= 0 and self._columns and _fits_columns(request)
+        one.frontend.admit(request.request_id, slot, columns)
         return item
 
     def _drop(self, one: Connected) -> None:
@@ -242,12 +245,14 @@ class Inbox:
 
 
 def _fits_columns(request: Any) -> bool:
+    """Whether a request's outputs are one token each, as far as it tells."""
     params = request.sampling_params
     return (
         params is not None
         and params.logprobs is None
         and params.prompt_logprobs is None
         and request.trace_headers is None
+        and not (params.extra_args and HOLD in params.extra_args)
     )
 
 

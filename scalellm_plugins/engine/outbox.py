@@ -17,14 +17,19 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
+
 from scalellm_plugins import messages
 from scalellm_plugins.ipc.channel import Channel
 
 from .holding import STATS_S, only_gauges
 
-SPARED = ("finish_reason", "prefill_stats", "events", "kv_transfer_params")
-"""Fields of an output that change from step to step; what else it may have, it has from its first
-token on (`_is_plain`)."""
+SPARED = ("finish_reason", "prefill_stats", "events")
+"""Fields of an output that change from step to step, and are looked at every time (`_sort`). What
+else an output may have, it has with the end, or with every token."""
+
+_UNSEEN = -2
+"""A request's slot, as `_UNSEEN - slot`, until one of its outputs was looked at."""
 
 
 class Frontend:
@@ -33,28 +38,24 @@ class Frontend:
     def __init__(self, channel: Channel, engine_index: int, encode: Callable[[Any], Any]) -> None:
         self.channel = channel
         self.slots: dict[str, int] = {}
-        """Of its requests that the engine has not finished; negative: not as columns."""
-        self.fresh: set[str] = set()
-        """Requests whose outputs have not been looked at yet."""
+        """Of its requests that the engine has not finished; negative: not as columns (yet)."""
         self.calls: set[int] = set()
         """Utility calls that came by the ring: their results go back by it."""
         self._engine_index = engine_index
         self._encode = encode
         self._weight_version: Any = None
         self._stats_sent = 0.0
+        self._last_slots: list[int] = []
         self._waiting: deque[tuple[int, Any]] = deque()
 
-    def admit(self, request: Any, slot: int, columns: bool) -> None:
+    def admit(self, request_id: str, slot: int, columns: bool) -> None:
         """Note a request. `columns`: its outputs may go as columns, if they turn out plain."""
-        self.slots[request.request_id] = slot if columns else messages.NO_SLOT
-        if columns:
-            self.fresh.add(request.request_id)
+        self.slots[request_id] = _UNSEEN - slot if columns else messages.NO_SLOT
 
     def forget(self, request_ids: Sequence[str]) -> None:
         """Requests were aborted."""
         for request_id in request_ids:
             self.slots.pop(request_id, None)
-            self.fresh.discard(request_id)
 
     def deliver(self, outputs: Any) -> bool:
         """Send `EngineCoreOutputs`, or keep them until there is room. False: not for the ring."""
@@ -67,50 +68,70 @@ class Frontend:
         slots: list[int] = []
         tokens: list[int] = []
         if outputs.outputs:
-            outputs.outputs = self._sort(outputs.outputs, slots, tokens)
+            slots, tokens, outputs.outputs = self._sort(outputs.outputs)
         frames = self._general(outputs, bool(slots))
-        timestamp = outputs.timestamp
         if not slots:
             if frames:
                 self._send(messages.OUTPUTS, frames)
-        elif len(frames) < 2:
-            self._send(messages.STEP, (timestamp, slots, tokens, frames[0] if frames else b""))
+            return True
+        step = messages.Step(outputs.timestamp, slots, tokens)
+        if slots == self._last_slots:
+            step.slots = None
         else:
-            columns = bytearray(messages.step_size(len(slots), 0))
-            messages.write_step(memoryview(columns), timestamp, slots, tokens, b"")
-            self._send(messages.FRAMED_STEP, [columns, *frames])
+            self._last_slots = slots
+        if len(frames) > 1:
+            self._send(messages.FRAMED_STEP, [messages.encode_step(step), *frames])
+            return True
+        if frames:
+            step.general = bytes(frames[0])
+        self._send(messages.STEP, messages.encode_step(step))
         return True
 
-    def _sort(self, outputs: list[Any], slots: list[int], tokens: list[int]) -> list[Any]:
-        """Put plain outputs into the columns; return the others."""
-        slot_of = self.slots.get
-        fresh = self.fresh
-        others = []
-        for output in outputs:
-            slot = slot_of(output.request_id, -1)
-            new = output.new_token_ids
-            if (
-                slot < 0
-                or output.finish_reason is not None
-                or len(new) != 1
-                or output.prefill_stats is not None
-                or output.events is not None
-                or output.kv_transfer_params is not None
-            ):
-                others.append(output)
+    def _sort(self, outputs: list[Any]) -> tuple[list[int], list[int], list[Any]]:
+        """Sort outputs into columns of slots and tokens, and others.
+
+        By comprehensions over one field each, 0.1 µs per output: a loop over outputs takes three
+        times that.
+        """
+        others = [
+            output
+            for output in outputs
+            if output.finish_reason is not None or output.events is not None
+        ]
+        if others:
+            outputs = [
+                output
+                for output in outputs
+                if output.finish_reason is None and output.events is None
+            ]
+            for output in others:
                 if output.finish_reason is not None:
                     self.slots.pop(output.request_id, None)
-                    fresh.discard(output.request_id)
-                continue
-            if fresh and output.request_id in fresh:
-                fresh.discard(output.request_id)
-                if not _is_plain(output):
-                    self.slots[output.request_id] = messages.NO_SLOT
-                    others.append(output)
-                    continue
-            slots.append(slot)
-            tokens.append(new[0])
-        return others
+        slot_of = self.slots.get
+        slots = [slot_of(output.request_id, -1) for output in outputs]
+        try:
+            if not slots or min(slots) >= 0:
+                return slots, [token for (token,) in [o.new_token_ids for o in outputs]], others
+        except ValueError:
+            pass  # not one token each
+        return self._sort_each(outputs, slots, others)
+
+    def _sort_each(
+        self, outputs: list[Any], found: list[int], others: list[Any]
+    ) -> tuple[list[int], list[int], list[Any]]:
+        slots, tokens = [], []
+        for output, known in zip(outputs, found, strict=True):
+            slot = known
+            if known <= _UNSEEN and output.prefill_stats is None:
+                slot = _UNSEEN - known if _is_plain(output) else messages.NO_SLOT
+                self.slots[output.request_id] = slot
+            new = output.new_token_ids
+            if slot < 0 or len(new) != 1:
+                others.append(output)
+            else:
+                slots.append(slot)
+                tokens.append(new[0])
+        return slots, tokens, others
 
     def _general(self, outputs: Any, columns: bool) -> Sequence[Any]:
         """Encode what columns do not say; nothing, if there is nothing."""
@@ -148,33 +169,22 @@ class Frontend:
             self._waiting.popleft()
 
     def _write(self, kind: int, content: Any) -> bool:
-        if self.channel.dead:
+        channel = self.channel
+        if channel.dead:
             return True
         if kind != messages.STEP:
-            return self.channel.send(kind, content)
-        timestamp, slots, tokens, general = content
-        producer = self.channel.producer
-        size = messages.step_size(len(slots), len(general))
-        if size > self.channel.large:
-            columns = bytearray(size - len(general))
-            messages.write_step(memoryview(columns), timestamp, slots, tokens, b"")
-            frames = [columns, general] if general else [columns]
-            return self.channel.send(messages.FRAMED_STEP, frames)
-        view = producer.reserve(size)
-        if view is None:
-            return False
-        messages.write_step(view, timestamp, slots, tokens, general)
-        producer.publish(kind)
-        return True
+            return channel.send(kind, content)
+        if len(content) > channel.large:
+            return channel.send(messages.FRAMED_STEP, [content])
+        return channel.producer.write(kind, content)
 
 
 def _is_plain(output: Any) -> bool:
     """Whether an output has nothing but what `SPARED` and the columns say."""
-    for field in output.__struct_fields__[2:]:
-        value = getattr(output, field)
-        if field not in SPARED and value is not None and value != 0:
-            return False
-    return True
+    fields = msgspec.structs.fields(output)[2:]
+    return all(
+        getattr(output, field.name) is field.default or field.name in SPARED for field in fields
+    )
 
 
 class Outbox:

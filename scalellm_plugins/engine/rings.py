@@ -64,7 +64,7 @@ class Rings:
                 try:
                     if action is not None:
                         action()
-                except (ScaleLLMError, OSError) as error:
+                except (ScaleLLMError, OSError, ValueError) as error:
                     logger.warning("shared-memory connection: %s", error)
 
     def _accept(self, listener: socket.socket, client_index: int) -> None:
