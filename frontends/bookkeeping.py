@@ -114,7 +114,13 @@ class Bookkeeper:
         elif scheduler is not None:
             self._scheduler = scheduler
         self._engine = engine
-        if not self._due:
+        if scheduler is not None and not (
+            scheduler.num_running_reqs or scheduler.num_waiting_reqs
+        ):
+            # Nothing runs any more: whoever looks next (vLLM itself does, for the header
+            # `endpoint-load-metrics`) sees that, and there is nothing to save.
+            self.flush()
+        elif not self._due:
             self._due = True
             asyncio.get_running_loop().call_later(EVERY_S, self.flush)
 
