@@ -114,9 +114,7 @@ class Bookkeeper:
         elif scheduler is not None:
             self._scheduler = scheduler
         self._engine = engine
-        if scheduler is not None and not (
-            scheduler.num_running_reqs or scheduler.num_waiting_reqs
-        ):
+        if scheduler is not None and not (scheduler.num_running_reqs or scheduler.num_waiting_reqs):
             # Nothing runs any more: whoever looks next (vLLM itself does, for the header
             # `endpoint-load-metrics`) sees that, and there is nothing to save.
             self.flush()

@@ -45,6 +45,8 @@ class Columns(NamedTuple):
     receivers: list[Any]
     """As given to `EngineRings.add`; None for a request that has ended here."""
     tokens: list[int]
+    ended: list[Any]
+    """`EngineCoreOutput` of requests whose last this is."""
 
 
 class Sink(Protocol):
@@ -92,6 +94,10 @@ class EngineRings:
         self.requests: dict[int, Any] = {}
         self._slot_of: dict[str, int] = {}
         self._ended = 0
+        self._reading = tuple(engines.values())
+        from vllm.v1.engine import EngineCoreOutput, FinishReason
+
+        self._output, self._reason = EngineCoreOutput, FinishReason
         self._loop: asyncio.AbstractEventLoop | None = None
         self.sink: Sink | None = None
 
@@ -129,8 +135,8 @@ class EngineRings:
             return
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._wake_fd, self._read)
-        for identity, engine in self._engines.items():
-            self._loop.add_reader(engine.end.fileno(), self._died, identity)
+        for engine in self._reading:
+            self._loop.add_reader(engine.end.fileno(), self._died, engine)
         self._loop.call_soon(self._read)
 
     def close(self) -> None:
@@ -139,8 +145,8 @@ class EngineRings:
             self._loop.remove_reader(self._wake_fd)
             self._loop = None
             os.close(self._wake_fd)
-        for identity in list(self._engines):
-            self._forget_engine(identity)
+        for engine in self._reading:
+            self._forget_engine(engine)
 
     # To engines
 
@@ -177,15 +183,17 @@ class EngineRings:
     # From engines
 
     def _read(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        try:  # noqa: SIM105 (once per step: a context manager would cost more than the rest)
             os.eventfd_read(self._wake_fd)
+        except BlockingIOError:
+            pass
         again = False
-        for identity, engine in list(self._engines.items()):
+        for engine in self._reading:
             try:
                 again |= self._read_one(engine)
             except ScaleLLMError as error:
-                logger.error("engine %d is lost: %s", int.from_bytes(identity, "little"), error)
-                self._lose(identity)
+                logger.error("engine %d is lost: %s", engine.channel.peer.index, error)
+                self._lose(engine)
         if self.sink is not None:
             self.sink.on_end()
         if again and self._loop is not None:
@@ -194,42 +202,63 @@ class EngineRings:
     def _read_one(self, engine: _Engine) -> bool:
         """Give out what an engine has sent; whether there is more."""
         channel = engine.channel
-        channel.consumer.unpark()
-        channel.flush()
+        consumer = channel.consumer
+        consumer.unpark()
+        if channel.backlog:
+            channel.flush()
         for _ in range(_AT_ONCE):
             message = channel.receive()
             if message is None:
-                if channel.consumer.park():
+                if consumer.park():
                     return False
-                continue
-            self._take(engine, message)
-            channel.release()
+            elif message.kind == messages.STEP:
+                step = messages.decode_step(message.data)
+                consumer.release()
+                self._give(engine, step, None if step.general is None else [step.general])
+            else:
+                self._take(engine, message)
+                consumer.release()
         return True
 
     def _take(self, engine: _Engine, message: Message) -> None:
-        sink = self.sink
-        assert sink is not None
-        decode = self._client.decoder.decode
-        if message.kind == messages.STEP:
-            step = messages.decode_step(message.data)
-            general = None if step.general is None else decode(step.general)
-        elif message.kind in (messages.FRAMED_STEP, messages.OUTPUTS):
-            frames: list[Any] = list(frames_of(message))
-            if message.borrowed:
-                frames = [bytes(frame) for frame in frames]
-            if message.kind == messages.OUTPUTS:
-                general = decode(frames)
-                self._settle(engine, general)
-                sink.on_outputs(general)
-                return
-            step = messages.decode_step(frames[0])
-            general = decode(frames[1:]) if frames[1:] else None
+        """Give out a message of frames."""
+        frames: list[Any] = list(frames_of(message))
+        if message.borrowed:
+            frames = [bytes(frame) for frame in frames]
+        if message.kind == messages.FRAMED_STEP:
+            self._give(engine, messages.decode_step(frames[0]), frames[1:])
+        elif message.kind == messages.OUTPUTS:
+            general = self._client.decoder.decode(frames)
+            self._settle(engine, general)
+            assert self.sink is not None
+            self.sink.on_outputs(general)
         else:
             raise ScaleLLMError(f"message of unknown kind {message.kind}")
-        columns = Columns(step.timestamp, self._receivers(engine, step), step.tokens)
-        if general is not None:
+
+    def _give(self, engine: _Engine, step: messages.Step, frames: list[Any] | None) -> None:
+        """Give out a step, and what of it is in frames."""
+        receivers = self._receivers(engine, step)
+        ended = [] if step.ends is None else self._ended_outputs(step.ends)
+        general = None
+        if frames:
+            general = self._client.decoder.decode(frames)
             self._settle(engine, general)
-        sink.on_step(columns, general, self)
+        assert self.sink is not None
+        self.sink.on_step(Columns(step.timestamp, receivers, step.tokens, ended), general, self)
+
+    def _ended_outputs(self, ends: list[messages.End]) -> list[Any]:
+        """Make vLLM's outputs of requests that end; those that have ended here get none."""
+        outputs = []
+        for end in ends:
+            receiver = self.requests.get(end.slot)
+            if receiver is not None:
+                request_id = receiver if isinstance(receiver, str) else receiver.request_id
+                reason = self._reason(end.reason)
+                outputs.append(
+                    self._output(request_id, end.tokens, finish_reason=reason, stop_reason=end.stop)
+                )
+                self.forget(request_id)
+        return outputs
 
     def _receivers(self, engine: _Engine, step: messages.Step) -> list[Any]:
         """Look up who gets a step's tokens; mostly those who got the tokens before."""
@@ -257,27 +286,29 @@ class EngineRings:
 
     # Ends
 
-    def _died(self, identity: bytes) -> None:
+    def _died(self, engine: _Engine) -> None:
         """An engine has ended: read its last words, then tell."""
-        engine = self._engines.get(identity)
-        if engine is None:
+        if engine not in self._reading:
             return
         with contextlib.suppress(ScaleLLMError):
             while self._read_one(engine):
                 pass
-        self._lose(identity)
+        self._lose(engine)
 
-    def _lose(self, identity: bytes) -> None:
+    def _lose(self, engine: _Engine) -> None:
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        self._forget_engine(identity)
+        self._forget_engine(engine)
         if self._client._finalizer.alive and not self._client.resources.engine_dead:
             self._client.resources.engine_dead = True
             if self.sink is not None:
                 self.sink.on_dead(EngineDeadError())
 
-    def _forget_engine(self, identity: bytes) -> None:
-        engine = self._engines.pop(identity)
+    def _forget_engine(self, engine: _Engine) -> None:
+        self._reading = tuple(other for other in self._reading if other is not engine)
+        self._engines = {
+            identity: other for identity, other in self._engines.items() if other is not engine
+        }
         if self._loop is not None:
             self._loop.remove_reader(engine.end.fileno())
         engine.end.close()

@@ -80,8 +80,10 @@ class Lane:
         self._upstream: Callable[..., Any] = self.processor.process_outputs
         from vllm.exceptions import MaxQueuedTokensError
         from vllm.v1.engine import FinishReason
+        from vllm.v1.engine.output_processor import OutputProcessorOutput
         from vllm.v1.metrics.stats import RequestStateStats
 
+        self._nothing = OutputProcessorOutput
         self._stop = FinishReason.STOP
         self._error = FinishReason.ERROR
         self._full = MaxQueuedTokensError
@@ -257,7 +259,10 @@ class Lane:
             # After the steps that are already here: a worker that is late makes larger events.
             self._flushing = True
             self.loop.call_soon(self.flush)
-        result = self._upstream(rest, timestamp, stats, **others)
+        if rest:
+            result = self._upstream(rest, timestamp, stats, **others)
+        else:
+            result = self._nothing(request_outputs=[], reqs_to_abort=[])
         if aborts:
             result.reqs_to_abort.extend(aborts)
         return result

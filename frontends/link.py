@@ -156,8 +156,9 @@ class Link:
         done = processor.process_outputs(outputs, timestamp, stats, **named)
         if done.reqs_to_abort:
             self.abort(done.reqs_to_abort)
-        processor.update_scheduler_stats(message.scheduler_stats)
-        clock.heard(message)
+        if message.scheduler_stats is not None:
+            processor.update_scheduler_stats(message.scheduler_stats)
+            clock.heard(message)
 
     # Sink of the rings
 
@@ -170,6 +171,7 @@ class Link:
             self.abort(aborts)
         outputs = [self._output(request_id, [token]) for request_id, token in others]
         scheduler = None
+        outputs += step.ended
         if general is not None:
             scheduler = general.scheduler_stats
             self._process(outputs + general.outputs, step.timestamp, stats, general)

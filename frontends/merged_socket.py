@@ -80,7 +80,7 @@ class MergedSocket:
             for request_id, token in zip(step.receivers, step.tokens, strict=True)
             if request_id is not None
         ]
-        general.outputs = outputs + general.outputs
+        general.outputs = outputs + step.ended + general.outputs
         self.on_outputs(general)
 
     def on_outputs(self, outputs: Any) -> None:

@@ -26,6 +26,17 @@ class StepCorrupted(ScaleLLMError):
     """A record that is no step."""
 
 
+class End(msgspec.Struct, array_like=True, gc=False):
+    """A request's last output, when there is no more to say than this."""
+
+    slot: int
+    tokens: list[int]
+    reason: int
+    """vLLM's `FinishReason`."""
+    stop: int | None
+    """The stop token, where one of the request's own ended it."""
+
+
 class Step(msgspec.Struct, array_like=True, gc=False):
     """A step's plain outputs: one new token each, of requests by the slots that they came with.
 
@@ -38,6 +49,7 @@ class Step(msgspec.Struct, array_like=True, gc=False):
     slots: list[int] | None
     """None: those of this channel's step before, which is what most steps have."""
     tokens: list[int]
+    ends: list[End] | None = None
     general: bytes | None = None
     """A packed `EngineCoreOutputs` with what columns cannot say."""
 

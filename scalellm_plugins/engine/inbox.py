@@ -98,6 +98,7 @@ class Inbox:
 
     def empty(self) -> bool:
         """Whether `get` would wait; the main loop only, since it reads what is there to tell."""
+        self._outbox.flush()
         if not self._items:
             self._read_all()
         return not self._items

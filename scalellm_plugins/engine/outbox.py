@@ -24,9 +24,10 @@ from scalellm_plugins.ipc.channel import Channel
 
 from .holding import STATS_S, only_gauges
 
-SPARED = ("finish_reason", "prefill_stats", "events")
-"""Fields of an output that change from step to step, and are looked at every time (`_sort`). What
-else an output may have, it has with the end, or with every token."""
+SPARED = ("finish_reason", "stop_reason")
+"""Fields of an output that change from step to step, and are looked at every time; so are events
+and the prefill's statistics. What else an output may have, it has with the end, or with every
+token."""
 
 _UNSEEN = -2
 """A request's slot, as `_UNSEEN - slot`, until one of its outputs was looked at."""
@@ -67,14 +68,16 @@ class Frontend:
         outputs.engine_index = self._engine_index
         slots: list[int] = []
         tokens: list[int] = []
+        ends: list[messages.End] = []
         if outputs.outputs:
-            slots, tokens, outputs.outputs = self._sort(outputs.outputs)
-        frames = self._general(outputs, bool(slots))
-        if not slots:
+            slots, tokens, others = self._sort(outputs.outputs)
+            outputs.outputs = self._sort_out_ends(others, ends) if others else others
+        frames = self._general(outputs, bool(slots or ends))
+        if not slots and not ends:
             if frames:
                 self._send(messages.OUTPUTS, frames)
             return True
-        step = messages.Step(outputs.timestamp, slots, tokens)
+        step = messages.Step(outputs.timestamp, slots, tokens, ends or None)
         if slots == self._last_slots:
             step.slots = None
         else:
@@ -104,9 +107,6 @@ class Frontend:
                 for output in outputs
                 if output.finish_reason is None and output.events is None
             ]
-            for output in others:
-                if output.finish_reason is not None:
-                    self.slots.pop(output.request_id, None)
         slot_of = self.slots.get
         slots = [slot_of(output.request_id, -1) for output in outputs]
         try:
@@ -133,12 +133,29 @@ class Frontend:
                 tokens.append(new[0])
         return slots, tokens, others
 
+    def _sort_out_ends(self, others: list[Any], ends: list[messages.End]) -> list[Any]:
+        """Take out of `others` the last outputs that are no more than that."""
+        left = []
+        for output in others:
+            reason = output.finish_reason
+            if reason is None:
+                left.append(output)
+                continue
+            slot = self.slots.pop(output.request_id, -1)
+            stop = output.stop_reason
+            if slot >= 0 and not isinstance(stop, str) and _is_plain(output):
+                ends.append(messages.End(slot, output.new_token_ids, reason, stop))
+            else:
+                left.append(output)
+        return left
+
     def _general(self, outputs: Any, columns: bool) -> Sequence[Any]:
         """Encode what columns do not say; nothing, if there is nothing."""
         stats = outputs.scheduler_stats
         if stats is not None and columns and not outputs.outputs:
             # Gauges alone, while tokens flow: a look at them every 50 ms is enough.
-            if outputs.timestamp - self._stats_sent < STATS_S and only_gauges(stats):
+            busy = stats.num_running_reqs or stats.num_waiting_reqs
+            if busy and outputs.timestamp - self._stats_sent < STATS_S and only_gauges(stats):
                 stats = outputs.scheduler_stats = None
             else:
                 self._stats_sent = outputs.timestamp
@@ -155,6 +172,11 @@ class Frontend:
             return ()
         self._weight_version = version
         return self._encode(outputs)  # type: ignore[no-any-return]
+
+    @property
+    def waits(self) -> bool:
+        """Whether something waits for room."""
+        return bool(self._waiting)
 
     def _send(self, kind: int, content: Any) -> None:
         self.flush()
@@ -193,19 +215,21 @@ class Outbox:
     def __init__(self, queue: Any) -> None:
         self._queue = queue
         self._frontends: dict[int, Frontend] = {}
+        """Replaced, not changed: the main loop goes through it without the lock."""
         # The main loop's own; threads that answer utility calls or report errors use it, too.
         self._lock = threading.Lock()
 
     def connect(self, index: int, frontend: Frontend) -> None:
         """From now on outputs for this frontend go by its ring."""
         with self._lock:
-            self._frontends[index] = frontend
+            self._frontends = {**self._frontends, index: frontend}
 
     def disconnect(self, index: int, frontend: Frontend) -> None:
         """The frontend is gone; a successor may have its place already."""
         with self._lock:
-            if self._frontends.get(index) is frontend:
-                del self._frontends[index]
+            self._frontends = {
+                other: one for other, one in self._frontends.items() if one is not frontend
+            }
             frontend.channel.close()
 
     def put_nowait(self, item: Any) -> None:
@@ -221,7 +245,12 @@ class Outbox:
     put = put_nowait
 
     def flush(self) -> None:
-        """Send what waits for room."""
+        """Send what waits for room; the main loop looks before every step."""
+        for frontend in self._frontends.values():
+            if frontend.waits:
+                break
+        else:
+            return
         with self._lock:
             for frontend in self._frontends.values():
                 frontend.flush()
