@@ -240,7 +240,7 @@ class Inbox:
         with self._lock:
             self._connected = tuple(other for other in self._connected if other is not one)
         requests = list(one.frontend.slots)
-        self._outbox.disconnect(one.index, one.frontend)
+        self._outbox.disconnect(one.frontend)
         if requests:
             self._items.append((self._types[messages.ABORT], requests))
 

@@ -224,7 +224,7 @@ class Outbox:
         with self._lock:
             self._frontends = {**self._frontends, index: frontend}
 
-    def disconnect(self, index: int, frontend: Frontend) -> None:
+    def disconnect(self, frontend: Frontend) -> None:
         """The frontend is gone; a successor may have its place already."""
         with self._lock:
             self._frontends = {
