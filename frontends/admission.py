@@ -1,30 +1,19 @@
 """What is in flight, exactly, over all worker processes of a server.
 
-One anonymous mapping, made before the first worker is forked. For the server and for each tenant it
-has four gauges (see limits.py) and four counts of what has left them, each with one word per worker
-slot: a word is written by its slot's worker only, and a gauge is the sum of its words. Whoever adds
-does so under a lock that all workers share, so that between the look at the sums and the addition
-nothing can be added elsewhere. What leaves needs no lock: a sum that is read a moment too early is
-too large, never too small.
-
-The lock is a record lock (fcntl) on a file in memory: the kernel takes it back when its holder
-dies, at whatever instruction. A dead worker's words are then what they were, whole (a word is
-stored at once), and `forget` clears them. The lock is held for the time of a few dozen
-bytecodes; it does not exclude threads of one process, so use this from the event loop only.
-
-Layout, native int64: `word[(entry * 8 + field) * slots + slot]`; entry 0 is the server. A second
-mapping holds a digest of each entry's name, so that workers that read a tenants file at different
-moments agree on the numbers. Pure: imports neither vLLM nor torch.
+For the server and for each tenant there are four gauges (see limits.py) and four counts of what has
+left them, as shared counters: number `entry * 8 + field`, entry 0 is the server. Whoever adds does
+so under their lock; what leaves needs none (see shared_counters.py). A mapping holds a digest of
+each entry's name, so that workers that read a tenants file at different moments agree on the
+numbers. Pure: imports neither vLLM nor torch.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import mmap
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 from scalellm_plugins.errors import ConfigError
 
@@ -36,6 +25,7 @@ from .limits import (
     REQUESTS,
     Refusal,
 )
+from .shared_counters import SharedCounters, SharedLock
 
 SERVER = 0
 MOST_TENANTS = 4096
@@ -54,11 +44,14 @@ class Admission:
     """The shared counters, as seen from one worker slot; see the module."""
 
     def __init__(
-        self, words: memoryview, names: mmap.mmap, slots: int, lock: int | None, note: int
+        self,
+        counters: SharedCounters,
+        names: mmap.mmap,
+        lock: AbstractContextManager[None],
+        note: int,
     ) -> None:
-        self._words = words
+        self._counters = counters
         self._names = names
-        self._slots = slots
         self._lock = lock
         self._note = note
         self._slot = 0
@@ -67,55 +60,38 @@ class Admission:
     @classmethod
     def create(cls, slots: int) -> Admission:
         """Make the memory for `slots` workers, before any of them is forked."""
-        return cls._make(slots, os.memfd_create("scalellm_admission", os.MFD_CLOEXEC))
+        return cls._make(slots, SharedLock("scalellm_admission"))
 
     @classmethod
     def private(cls) -> Admission:
         """Counters of a server that is one process: no lock."""
-        return cls._make(1, None)
+        return cls._make(1, nullcontext())
 
     @classmethod
-    def _make(cls, slots: int, lock: int | None) -> Admission:
+    def _make(cls, slots: int, lock: AbstractContextManager[None]) -> Admission:
         entries = MOST_TENANTS + 1
-        words = memoryview(mmap.mmap(-1, entries * _FIELDS * slots * 8)).cast("q")
+        counters = SharedCounters(entries * _FIELDS, slots)
         note = os.memfd_create("scalellm_tenants", os.MFD_CLOEXEC)
-        return cls(words, mmap.mmap(-1, entries * _DIGEST), slots, lock, note)
+        return cls(counters, mmap.mmap(-1, entries * _DIGEST), lock, note)
 
     def for_slot(self, slot: int) -> Admission:
         """Return the same counters for the worker in `slot`, after the fork."""
-        assert 0 <= slot < self._slots, (slot, self._slots)
-        made = Admission(self._words, self._names, self._slots, self._lock, self._note)
+        assert 0 <= slot < self._counters.slots, (slot, self._counters.slots)
+        made = Admission(self._counters, self._names, self._lock, self._note)
         made._slot = slot
         return made
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """For what is rare; the hot functions write it out, which is 1 µs cheaper."""
-        self._acquire()
-        try:
-            yield
-        finally:
-            self._release()
-
-    def _acquire(self) -> None:
-        if self._lock is not None:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX)
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            fcntl.lockf(self._lock, fcntl.LOCK_UN)
 
     # What a new worker is to know from those before it
 
     def remember(self, note: bytes) -> None:
         """Keep a note for all workers, in place of the last one."""
-        with self._locked():
+        with self._lock:
             os.ftruncate(self._note, 0)
             os.pwrite(self._note, note, 0)
 
     def recall(self) -> bytes:
         """Return the note; empty if there is none."""
-        with self._locked():
+        with self._lock:
             return os.pread(self._note, os.fstat(self._note).st_size, 0)
 
     # Names
@@ -129,7 +105,7 @@ class Admission:
         known = self._known.get(tenant)
         if known is None:
             digest = hashlib.blake2b(tenant.encode(), digest_size=_DIGEST).digest()
-            with self._locked():
+            with self._lock:
                 known = self._known[tenant] = self._find(tenant, digest)
         return known
 
@@ -150,27 +126,24 @@ class Admission:
 
     # Looking
 
-    def _sum(self, entry: int, field: int) -> int:
-        at = (entry * _FIELDS + field) * self._slots
-        return sum(self._words[at : at + self._slots])
-
     def used(self, entry: int) -> list[int]:
         """Return what the server (0) or a tenant has at the moment, in the order of `GAUGES`."""
-        return [self._sum(entry, gauge) for gauge in range(len(GAUGES))]
+        return [self._counters.sum(entry * _FIELDS + gauge) for gauge in range(len(GAUGES))]
 
     def left(self, entry: int) -> list[int]:
         """Return what has left each gauge since the server was started; only ever grows."""
-        return [self._sum(entry, _LEFT + gauge) for gauge in range(len(GAUGES))]
+        first = entry * _FIELDS + _LEFT
+        return [self._counters.sum(first + gauge) for gauge in range(len(GAUGES))]
 
     # Changing
 
     def _add(self, entry: int, gauge: int, amount: int) -> None:
-        self._words[(entry * _FIELDS + gauge) * self._slots + self._slot] += amount
+        self._counters.add(entry * _FIELDS + gauge, self._slot, amount)
 
     def _take(self, entry: int, gauge: int, amount: int) -> None:
-        at = (entry * _FIELDS + gauge) * self._slots + self._slot
-        self._words[at] -= amount
-        self._words[at + _LEFT * self._slots] += amount
+        counter = entry * _FIELDS + gauge
+        self._counters.add(counter, self._slot, -amount)
+        self._counters.add(counter + _LEFT, self._slot, amount)
 
     def enter(
         self, tenant: str, entry: int, bounds: Bounds = _NONE, server_bounds: Bounds = _NONE
@@ -180,21 +153,20 @@ class Admission:
         It is refused when a limit on requests has no room for it, or when prompt tokens have
         reached theirs. `entry` is the tenant's number, `server_bounds` are those of all tenants.
         """
-        self._acquire()
-        try:
+        with self._lock:
             refusal = self._full(tenant, entry, bounds) or self._full(None, SERVER, server_bounds)
             if refusal is None:
                 for each in (entry, SERVER):
                     self._add(each, REQUESTS, 1)
                     self._add(each, QUEUED_REQUESTS, 1)
-            return refusal
-        finally:
-            self._release()
+        return refusal
 
     def _full(self, tenant: str | None, entry: int, bounds: Bounds) -> Refusal | None:
         for gauge, limit in enumerate(bounds):
-            if limit is not None and (used := self._sum(entry, gauge)) >= limit:
-                return Refusal(tenant, gauge, limit, used, 1)
+            if limit is not None:
+                used = self._counters.sum(entry * _FIELDS + gauge)
+                if used >= limit:
+                    return Refusal(tenant, gauge, limit, used, 1)
         return None
 
     def prompt(
@@ -210,15 +182,12 @@ class Admission:
         A prompt that is larger than what is left of a limit is refused, unless there is no other:
         else one that is larger than the limit could never be served.
         """
-        self._acquire()
-        try:
+        with self._lock:
             refusal = self._too_long(tenant, entry, tokens, bounds)
             refusal = refusal or self._too_long(None, SERVER, tokens, server_bounds)
             if refusal is None:
                 self.add_tokens(entry, tokens)
-            return refusal
-        finally:
-            self._release()
+        return refusal
 
     def _too_long(
         self, tenant: str | None, entry: int, tokens: int, bounds: Bounds
@@ -226,7 +195,7 @@ class Admission:
         for gauge in (PROMPT_TOKENS, QUEUED_PROMPT_TOKENS):
             limit = bounds[gauge]
             if limit is not None:
-                used = self._sum(entry, gauge)
+                used = self._counters.sum(entry * _FIELDS + gauge)
                 if used and used + tokens > limit:
                     return Refusal(tenant, gauge, limit, used, tokens)
         return None
@@ -259,7 +228,7 @@ class Admission:
         names = sum(1 for _ in self._entries())
         for entry in range(names + 1):
             for gauge in range(len(GAUGES)):
-                self._words[(entry * _FIELDS + gauge) * self._slots + slot] = 0
+                self._counters.put(entry * _FIELDS + gauge, slot, 0)
 
     def _entries(self) -> Iterator[int]:
         free = bytes(_DIGEST)

@@ -5,67 +5,47 @@ to be handed to the engine, and the request is counted a moment later in the sam
 loop. With several processes others get in between. Here the check claims room under a lock that all
 workers share, the counting redeems the claim, and what is not redeemed ends with the turn.
 `QueueCounts` is pure; the rest wraps vLLM's objects, where such a limit was given.
-
-Layout, native int64, per slot 8 words: 0 requests, 1 prompt tokens of those without a first token,
-2 requests that are claimed. A word is written by its slot's worker only.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import mmap
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-_WORDS = 8
+from .shared_counters import SharedCounters, SharedLock
+
 _REQUESTS, _TOKENS, _CLAIMED = range(3)
 
 
 class QueueCounts:
-    """What is queued, over all workers; see the module."""
+    """What is queued, over all workers; `lock` keeps others from adding. See the module."""
 
     def __init__(self, slots: int) -> None:
-        self._slots = slots
-        self._words = memoryview(mmap.mmap(-1, slots * _WORDS * 8)).cast("q")
-        self._lock = os.memfd_create("scalellm_queue", os.MFD_CLOEXEC)
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other workers from adding. The kernel takes the lock back from one that dies."""
-        fcntl.lockf(self._lock, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.lockf(self._lock, fcntl.LOCK_UN)
-
-    def _sum(self, word: int) -> int:
-        return sum(self._words[word::_WORDS])
+        self._counters = SharedCounters(3, slots)
+        self.lock = SharedLock("scalellm_queue")
 
     def requests(self) -> int:
         """Return how many requests there are, claimed ones included."""
-        return self._sum(_REQUESTS) + self._sum(_CLAIMED)
+        return self._counters.sum(_REQUESTS) + self._counters.sum(_CLAIMED)
 
     def tokens(self) -> int:
         """Return the prompt tokens of requests without a first token."""
-        return self._sum(_TOKENS)
+        return self._counters.sum(_TOKENS)
 
     def add(self, slot: int, requests: int, tokens: int) -> None:
         """Add (or take away, which needs no lock)."""
-        at = slot * _WORDS
-        self._words[at + _REQUESTS] += requests
-        self._words[at + _TOKENS] += tokens
+        self._counters.add(_REQUESTS, slot, requests)
+        self._counters.add(_TOKENS, slot, tokens)
 
     def claim(self, slot: int, requests: int) -> None:
         """Claim room for so many requests, in place of what the worker had claimed before."""
-        self._words[slot * _WORDS + _CLAIMED] = requests
+        self._counters.put(_CLAIMED, slot, requests)
 
     def clear(self, slot: int) -> None:
         """Forget a worker that is gone; by the supervisor."""
-        for word in range(_WORDS):
-            self._words[slot * _WORDS + word] = 0
+        for counter in (_REQUESTS, _TOKENS, _CLAIMED):
+            self._counters.put(counter, slot, 0)
 
 
 class Turnstile:
@@ -90,7 +70,7 @@ class Turnstile:
 
     def check(self, check: Callable[[], None], claim: int) -> None:
         """Run vLLM's check on the counts of all workers; claim room if it passes."""
-        with self.counts.locked():
+        with self.counts.lock:
             check()
             if not claim:
                 return
@@ -110,7 +90,7 @@ class Turnstile:
             Exception: what `refuse` returns, if another worker's tokens came in between.
         """
         counts = self.counts
-        with counts.locked():
+        with counts.lock:
             if self._claimed:
                 full = self._max_tokens is not None and counts.tokens() >= self._max_tokens
                 if self._first and full:

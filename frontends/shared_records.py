@@ -1,8 +1,8 @@
 """Records that any worker writes and any reads, the oldest forgotten when there is no room.
 
-A ring in a file in memory without a name, made before the first worker is forked. Offsets count all
-bytes ever written; a record lies at its offset modulo the ring's size, never across its end. What
-is between `tail` and `head` is there. Writers take a lock that the kernel takes back from a worker
+A ring in memory without a name, made before the first worker is forked. Offsets count all bytes
+ever written; a record lies at its offset modulo the ring's size, never across its end. What is
+between `tail` and `head` is there. Writers take a lock that the kernel takes back from a worker
 that dies; they move `tail` before they overwrite and `head` when a record is whole. Readers take
 none: what they copied counts if `tail` has not passed it meanwhile.
 
@@ -12,10 +12,10 @@ the key, of the value; a key of -1 is padding), key and value, padded to 8. Pure
 
 from __future__ import annotations
 
-import fcntl
 import mmap
-import os
 import struct
+
+from .shared_counters import SharedLock
 
 _HEADER = 64
 _TAIL, _HEAD = 0, 1
@@ -29,9 +29,8 @@ class Records:
     def __init__(self, size: int) -> None:
         assert size % 8 == 0, size
         self._size = size
-        self._file = os.memfd_create("scalellm_records", os.MFD_CLOEXEC)
-        os.ftruncate(self._file, _HEADER + size)
-        self._memory = mmap.mmap(self._file, _HEADER + size)
+        self._lock = SharedLock("scalellm_records")
+        self._memory = mmap.mmap(-1, _HEADER + size)
         self._words = memoryview(self._memory)[:_HEADER].cast("q")
         self._known: dict[bytes, int] = {}
         self._read_to = 0
@@ -41,8 +40,7 @@ class Records:
         length = -(-(_PREFIX.size + len(key) + len(value)) // 8) * 8
         if length > self._size // 2:
             return False
-        fcntl.lockf(self._file, fcntl.LOCK_EX)
-        try:
+        with self._lock:
             head = self._words[_HEAD]
             to_end = self._size - head % self._size
             if length > to_end:
@@ -53,8 +51,6 @@ class Records:
             self._make_room(head + length)
             self._write(head, _PREFIX.pack(length, len(key), len(value)) + key + value)
             self._words[_HEAD] = head + length
-        finally:
-            fcntl.lockf(self._file, fcntl.LOCK_UN)
         return True
 
     def _make_room(self, end: int) -> None:

@@ -344,7 +344,7 @@ def _hammer(counters: Admission, slot: int, rounds: int, report: Connection) -> 
         for _ in range(3):
             if mine.enter("a", entry, limits) is None:
                 tickets.append(Ticket(mine, "a", entry))
-            with mine._locked():  # else the slots' words are of different moments
+            with mine._lock:  # else the slots' words are of different moments
                 most = max(most, mine.used(entry)[REQUESTS])
         for ticket in tickets:
             ticket.prompt(7)
@@ -356,7 +356,7 @@ def _die_with_the_lock(counters: Admission, slot: int) -> None:
     mine = counters.for_slot(slot)
     while mine.enter("a", mine.index("a"), bounds(max_requests=LIMIT)) is not None:
         pass  # its limit is that of the others
-    mine._acquire()
+    mine._lock.__enter__()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -390,10 +390,9 @@ def test_entering_waits_for_the_lock_of_another_process() -> None:
     context = multiprocessing.get_context("fork")
     counters = Admission.create(2)
     receive, send = context.Pipe(duplex=False)
-    counters._acquire()
     process = context.Process(target=_hammer, args=(counters, 1, 1, send))
-    process.start()
-    assert not receive.poll(0.3), "it entered while another process held the lock"
-    counters._release()
+    with counters._lock:
+        process.start()
+        assert not receive.poll(0.3), "it entered while another process held the lock"
     assert receive.poll(60)
     process.join()
