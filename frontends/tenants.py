@@ -39,6 +39,7 @@ TENANT = "scalellm_tenant"
 OPTION = "scalellm.frontend.tenants"
 
 Hash = Annotated[str, Meta(pattern="^[0-9a-fA-F]{64}$")]
+_REMEDY = "Mend it there; `scalellm tenants check FILE` says whether it is right"
 _HASH_WANTED = "64 hexadecimal digits, the SHA-256 of a key: `scalellm tenants hash` makes it"
 
 
@@ -116,7 +117,11 @@ def _read(path: str) -> str:
         with open(path, encoding="utf-8") as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{OPTION}: {path!r} cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"{OPTION}: {path!r} cannot be read: {reason}. Name a UTF-8 file that the server may "
+            "read, or leave the option out"
+        ) from None
 
 
 def parse(path: str, text: str) -> list[Tenant]:
@@ -144,7 +149,7 @@ def _document(path: str, text: str) -> Any:
             return json.loads(text)
         import yaml
     except ValueError as error:
-        raise ConfigError(f"{OPTION}: {path!r} is not JSON: {error}") from None
+        raise ConfigError(f"{OPTION}: {path!r} is not JSON: {error}. {_REMEDY}") from None
     except ImportError:
         raise ConfigError(
             f"{OPTION}: {path!r} needs PyYAML, which is not installed: "
@@ -153,7 +158,9 @@ def _document(path: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{OPTION}: {path!r} is not YAML: {error}") from None
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f"{problem}: line {mark.line + 1} column {mark.column + 1}" if mark else str(error)
+        raise ConfigError(f"{OPTION}: {path!r} is not YAML: {where}. {_REMEDY}") from None
 
 
 def _entry(path: str, number: int, raw: Any) -> Tenant:
@@ -168,7 +175,7 @@ def _entry(path: str, number: int, raw: Any) -> Tenant:
             valid = ", ".join(closest_first(str(key), names))
             raise ConfigError(f"{where}: unknown field {key!r}. Valid: {valid}")
     if "name" not in raw:
-        raise ConfigError(f"{where}: has no name")
+        raise ConfigError(f"{where}: has no name. Give it one, such as name: acme")
     for field, value in raw.items():
         try:
             msgspec.convert({"name": "x", field: value}, Tenant)
@@ -185,7 +192,10 @@ def _check_unique(path: str, tenants: Sequence[Tenant]) -> None:
     owners: dict[bytes, str] = {}
     for tenant in tenants:
         if tenant.name in names:
-            raise ConfigError(f"{OPTION}: {path!r} has two tenants named {tenant.name!r}")
+            raise ConfigError(
+                f"{OPTION}: {path!r} has two tenants named {tenant.name!r}; make them one, or "
+                "rename one"
+            )
         names.add(tenant.name)
         for digest in tenant.hashes():
             owner = owners.setdefault(digest, tenant.name)

@@ -136,6 +136,7 @@ def from_command_line(
     if asked:
         decided = decision.decide(every, parsed, _unfit(command, arguments))
         raw = _with_worker_bounds(raw, decided, parsed, arguments)
+        _check_tenants(decided, parsed)
     _export(names, raw if asked else None, decided)
     if _platform_is_stale(before, names):
         _restart()
@@ -198,6 +199,19 @@ def _with_worker_bounds(
     if high > 1:
         arguments.api_server_count = high
     return config.merge(raw, {"frontend": {"min_workers": low, "max_workers": high}})
+
+
+def _check_tenants(decided: Iterable[FeatureState], options: config.Config) -> None:
+    """Read the tenants file: what is wrong with it is better said before the model is loaded.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    path = options.frontend.tenants
+    if path is not None and "frontend" in {state.name for state in decided if state.on}:
+        from .frontends import tenants
+
+        tenants.load(path)
 
 
 def _is_balanced_elsewhere(arguments: argparse.Namespace) -> bool:

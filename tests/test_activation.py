@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -42,6 +43,33 @@ def test_everything_safe_is_everything_built_but_the_simulator() -> None:
     expected = {f.name for f in FEATURES.values() if f.default and f.status != "planned"}
     assert on(decision.decide(["scalellm"], config.Config())) == expected
     assert "sim" not in expected
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, ["cannot be read", "No such file"]),
+        ("- name: acme\n  keys: [", ["is not YAML", "line 2 column 10"]),
+        ("- name: acme\n  max_request: 3", ["tenant 1 ('acme')", "'max_request'", "max_requests"]),
+    ],
+)
+def test_a_tenants_file_that_cannot_be_is_refused_before_anything_starts(
+    tmp_path: Path, text: str | None, said: list[str]
+) -> None:
+    """By the first process: the model takes a minute to load, and more to restart."""
+    file = tmp_path / "tenants.yaml"
+    if text is not None:
+        file.write_text(text)
+    options: dict[str, object] = {"frontend": {"tenants": str(file)}}
+    with pytest.raises(ConfigError) as error:
+        run(["scalellm"], options)
+    for part in ["scalellm.frontend.tenants", str(file), *said]:
+        assert part in str(error.value)
+    assert config.state_from_env() is None, "nothing is decided for other processes"
+    # Who turned the frontend off has no use for the file.
+    run(["scalellm"], config.merge(options, {"frontend": {"enabled": "off"}}))
+    file.write_text("[{name: acme}]")
+    run(["scalellm"], options)
 
 
 def test_a_feature_is_picked_by_name() -> None:
