@@ -44,13 +44,12 @@ class FastLaneProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         # Called when the headers are complete, or, for a pipelined request, when it is its turn.
-        if self.gate is not None and app is self.app:
+        for_lane = app is self.app  # and not uvicorn's own, which says that it has no room
+        if for_lane and self.gate is not None:
             if not self.gate.admit(self, cycle):
                 return
-            if self.admitted is None:  # nothing to count, or no right key: not for the lane
-                super()._start_asgi_task(cycle, app)
-                return
-        if self.lane is None or app is not self.app or not self.lane.may_take(cycle):
+            for_lane = self.admitted is not None  # else nothing to count, or no right key
+        if not for_lane or self.lane is None or not self.lane.may_take(cycle):
             if self.lane is not None and cycle.scope["path"].startswith("/metrics"):
                 self.lane.catch_up()
             self._start_application(cycle, app)

@@ -284,6 +284,34 @@ async def test_without_a_lane_it_is_uvicorns_connection() -> None:
     assert bed.app.bodies == [b"x", b"y"]
 
 
+@pytest.mark.parametrize("gated", [False, True])
+async def test_what_no_limit_is_about_is_accounted_for_all_the_same(gated: bool) -> None:
+    """Behind a gate, requests without a pass (no work for the engine) are not the lane's."""
+    lane = Lane()
+    lane.accounting.own_log = True
+    served: list[str] = []
+
+    def logged(app: Any) -> Any:
+        async def noting(scope: Any, receive: Any, send: Any) -> None:
+            served.append(scope["path"])
+            await app(scope, receive, send)
+
+        return noting
+
+    lane.accounting.logged = logged
+    lane.catch_up = lambda: served.append("caught up")  # type: ignore[attr-defined]
+    bed = Bed(lane)
+    if gated:
+        bed.protocol.gate = SimpleNamespace(admit=lambda *_: True)  # type: ignore[assignment]
+    written = await bed.send(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert written.startswith(b"HTTP/1.1 200")
+    assert served == ["caught up", "/metrics"]
+    assert bed.protocol.cycle.access_log is False, "uvicorn would write a line, too"
+    if gated:
+        await bed.send(post(b"no pass"))
+        assert (lane.bodies, bed.app.bodies[1:]) == ([], [b"no pass"])
+
+
 async def test_a_client_that_leaves_within_its_body_asks_for_nothing() -> None:
     lane = Lane()
     bed = Bed(lane)

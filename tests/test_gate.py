@@ -240,7 +240,8 @@ async def test_no_key_is_no_work_of_the_gate(stand: Any) -> None:
     """vLLM's own middleware says 401; a stranger must not take up room or go to the fast lane."""
     here = await stand({"name": "acme", "max_requests": 1})
     here.application.state.scalellm_lane = SimpleNamespace(
-        may_take=lambda _: pytest.fail("a request without a key was offered to the fast lane")
+        may_take=lambda _: pytest.fail("a request without a key was offered to the fast lane"),
+        accounting=SimpleNamespace(own_log=False),
     )
     for key in (None, "wrong"):
         client = await here.client()
