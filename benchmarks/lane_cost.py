@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import time
 from argparse import Namespace
@@ -56,6 +57,7 @@ def engine_client() -> Any:
     """Everything of vLLM's `AsyncLLM` that the lane uses, real but for the engine."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.renderers import renderer_from_config
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.output_processor import OutputProcessor
     from vllm.v1.metrics.loggers import StatLoggerManager
@@ -76,7 +78,9 @@ def engine_client() -> Any:
         _supported_tasks=("generate",),
         logger_manager=StatLoggerManager(config, engine_idxs=[0], client_count=1),
         check_admission=lambda *_args, **_kwargs: None,
+        log_requests=False,
     )
+    client.abort = functools.partial(AsyncLLM.abort, client)
 
     async def supported() -> Any:
         return client._supported_tasks

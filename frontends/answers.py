@@ -185,7 +185,13 @@ class StreamedAnswer(Answer):
         self.interval = interval
         if interval > 1 and not ask.body.stop:
             self.hold = interval
+        self.due = True
+        """Whether text may be written: always, or once in an interval."""
+        self.turn = 0
+        """Tokens at the last turn of the interval. Moved when tokens arrive, whatever is written
+        then, so that it stays in step with the engine, which counts in the same way."""
         self.tokens_shown = 0
+        """Tokens at the last event that carried counts."""
         self.text = b""
         """Escaped text that was not written yet."""
         self.begun = False
@@ -218,6 +224,8 @@ class StreamedAnswer(Answer):
     def advance(self, token_ids: list[int], *, stopped: bool) -> str | None:
         """See the base."""
         self.num_tokens += len(token_ids)
+        if self.interval > 1:
+            self._take_turn()
         stream = self.stream
         assert stream is not None
         if self.stop is not None:
@@ -234,11 +242,17 @@ class StreamedAnswer(Answer):
 
     def push(self, token_id: int) -> str | None:
         """See the base."""
-        if self.stop is not None:
+        if self.stop is not None or self.interval > 1:
             return self.advance([token_id], stopped=False)
         self.num_tokens += 1
         self.text += self.stream.feed_json(token_id)  # type: ignore[union-attr]
         return None
+
+    def _take_turn(self) -> None:
+        # vLLM's --stream-interval: the first token, then every so many (and the last).
+        if not self.turn or self.num_tokens - self.turn >= self.interval:
+            self.turn = self.num_tokens
+            self.due = True
 
     def _add(self, text: str) -> None:
         if text:
@@ -257,22 +271,18 @@ class StreamedAnswer(Answer):
         if self.paused or self.cycle.disconnected or (self.over and self.last is None):
             return  # not now, or nothing more: it has ended
         if self.begun and self.last is None and not self.templates.counts:
-            if self.text and self._due():
+            if self.text and self.due:
                 text, self.text = self.text, b""
-                self.tokens_shown = self.num_tokens
+                self.due = self.interval <= 1
                 self.connection.write(
                     b"%x\r\n%b%b%b\r\n" % (self.fixed + len(text), self.head, text, self.tail)
                 )
             return
         self._flush_rarely()
 
-    def _due(self) -> bool:
-        # vLLM's --stream-interval: the first token, then every so many, and the last.
-        return self.interval <= 1 or self.num_tokens - self.tokens_shown >= self.interval
-
     def _flush_rarely(self) -> None:
         """The first events, the last ones, and those that carry counts."""
-        if self.last is None and self.begun and not self._due():
+        if self.last is None and (self.is_prefilling or (self.begun and not self.due)):
             return
         events = []
         if not self.begun:
@@ -286,6 +296,7 @@ class StreamedAnswer(Answer):
                 events.append(self.templates.delta.render(values))
             # Begun is what has written something: the headers are still here until then.
             self.begun = self.begun or any(events)
+            self.due = self.interval <= 1 or not any(events)
             self._write(events)
             return
         values |= _ending(*self.last)

@@ -8,7 +8,7 @@ from typing import Any
 
 from scalellm_plugins import activation, config
 
-from . import gate, shared_attach
+from . import aborts, gate, shared_attach
 from . import prompts as prompts_module
 from .accounting import Accounting
 from .detokenize import Detokenizer
@@ -89,6 +89,7 @@ async def attach(engine_client: Any, app: Any, state: Any, args: Namespace) -> N
         logger.info("fast lane: off (%s)", "; ".join(reasons) or "no route for it")
         return
     engine_client.output_processor.process_outputs = lane.on_outputs
+    aborts.install(engine_client)
     lane.link = Link.open(engine_client)
     if lane.link is not None:
         lane.link.lane = lane

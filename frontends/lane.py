@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from scalellm_plugins.engine.holding import COUNTS
+
 from .accounting import Accounting
 from .answers import Answer, StreamedAnswer, WholeAnswer
 from .detokenize import Detokenizer
@@ -224,7 +226,10 @@ class Lane:
         for output in outputs:
             answer = states.get(output.request_id)
             if not isinstance(answer, Answer):
-                rest.append(output)
+                if answer is None and output.request_id == COUNTS:
+                    tally.carried(output, stats)
+                else:
+                    rest.append(output)
                 continue
             try:
                 token_ids = output.new_token_ids

@@ -64,6 +64,11 @@ class Tally:
         if steps:
             self._steps(steps, stats)
 
+    def carried(self, output: Any, stats: Any) -> None:
+        """Count what a message carries of requests that are not in it (see `COUNTS`)."""
+        if stats is not None:
+            self._steps(output.kv_transfer_params[KEPT][2], stats)
+
     def _steps(self, steps: list[Any], stats: Any) -> None:
         """Count what was kept in steps of the engine: the last is this message's own."""
         *unsent, (held, latencies) = steps

@@ -278,10 +278,25 @@ PATCHES: tuple[Patch, ...] = (
                 qualname="EngineCoreProc._send_abort_outputs_to_client",
                 parameters=("req_ids", "client_index"),
                 is_async=False,
+                reads=("FinishReason.ABORT",),
+                calls=("self._send_finish_outputs_to_client",),
+            ),
+            # What ours does as well, with what is kept.
+            Target(
+                module=_CORE,
+                qualname="EngineCoreProc._send_finish_outputs_to_client",
+                calls=("EngineCoreOutput", "EngineCoreOutputs", "self.output_queue.put_nowait"),
+            ),
+            # Utility calls find the method that is added by its name.
+            Target(
+                module=_CORE,
+                qualname="EngineCoreProc._handle_client_request",
+                calls=("getattr",),
             ),
         ),
         why="every token of every request crosses to the API server, read or not",
-        how="between scheduler and output queue, tokens of requests that asked for it are kept",
+        how="between scheduler and output queue, tokens of requests that asked for it are kept; "
+        "what is kept of a request that ends early goes with its end, or is asked for",
         when="engine",
         remove_when="vLLM batches outputs in the engine by request (stream_interval batches only "
         "what the API server emits)",

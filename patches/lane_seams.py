@@ -181,6 +181,26 @@ FAST_LANE = (
         ),
     ),
     Seam(
+        name="aborts",
+        feature="frontend",
+        why="before vLLM ends a request on the frontend's side, the engine is asked what it keeps",
+        targets=(
+            Target(
+                module=_LLM,
+                qualname="AsyncLLM.abort",
+                parameters=("request_id", "internal"),
+                is_async=True,
+                calls=("self.output_processor.abort_requests",),
+            ),
+            Target(
+                module=_CLIENT,
+                qualname="AsyncMPClient._call_utility_async",
+                keywords=("method", "engine"),
+                is_async=True,
+            ),
+        ),
+    ),
+    Seam(
         name="link",
         feature="frontend",
         why="messages are read in the descriptor's callback instead of these two tasks",

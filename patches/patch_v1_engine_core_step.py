@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from .registry import replace
+from .registry import add, replace
 
 
 def apply() -> None:
     """Sift the outputs of each step between the scheduler and the output queue."""
     from vllm.v1.engine import core
 
-    from scalellm_plugins.engine.holding import TokenHolder, only_gauges
+    from scalellm_plugins.engine.holding import TAKE_KEPT, TokenHolder, only_gauges
 
     engine = core.EngineCore
     step, step_with_batch_queue = engine.step, engine.step_with_batch_queue
@@ -47,20 +47,38 @@ def apply() -> None:
         holder_of(self).forget(request_ids)
         return abort_requests(self, request_ids)
 
+    def take_kept(self: Any, request_ids: list[str]) -> dict[str, list[int]]:
+        """End requests; return the tokens that were kept of them, by request."""
+        kept = holder_of(self).take(request_ids)
+        self.abort_requests(request_ids)  # now: no later output may overtake the answer
+        return kept
+
     process = core.EngineCoreProc
     send_aborts = process._send_abort_outputs_to_client
 
     def releasing_abort_outputs(self: Any, req_ids: list[str], client_index: int) -> Any:
-        outputs = [
-            core.EngineCoreOutput(request_id, token_ids, kv_transfer_params=carried)
-            for request_id, token_ids, carried in holder_of(self).release(req_ids)
-        ]
-        if outputs:
-            self.output_queue.put_nowait((client_index, core.EngineCoreOutputs(outputs=outputs)))
-        return send_aborts(self, req_ids, client_index)
+        kept = holder_of(self).release(client_index, req_ids)
+        if not kept:
+            return send_aborts(self, req_ids, client_index)
+        outputs = []
+        for request_id in req_ids:
+            token_ids, carried = kept.get(request_id, ([], None))
+            outputs.append(
+                core.EngineCoreOutput(
+                    request_id,
+                    token_ids,
+                    finish_reason=core.FinishReason.ABORT,
+                    kv_transfer_params=carried,
+                )
+            )
+        # In one message, as vLLM's: each is counted as a step.
+        message = core.EngineCoreOutputs(finished_requests=req_ids, outputs=outputs)
+        self.output_queue.put_nowait((client_index, message))
+        return None
 
     replace(process, "_send_abort_outputs_to_client", releasing_abort_outputs)
     replace(engine, "step", holding_step)
     replace(engine, "step_with_batch_queue", holding_step_with_batch_queue)
     replace(engine, "add_request", noting_add_request)
     replace(engine, "abort_requests", noting_abort_requests)
+    add(engine, TAKE_KEPT, take_kept)

@@ -25,11 +25,13 @@ class Core:
 
     engine_ranks_managed = (0,)
     resources = SimpleNamespace(engine_dead=False)
+    core_engines = (b"\0\0",)
 
     def __init__(self) -> None:
         self.requests: dict[str, Any] = {}
         self.aborts: list[str] = []
         self.refuses: Exception | None = None
+        self.methods: dict[str, Any] = {}
 
     async def add_request_async(self, request: Any) -> None:
         """Keep it, or refuse it."""
@@ -44,6 +46,11 @@ class Core:
     async def abort_requests_async(self, ids: list[str]) -> None:
         """Keep them."""
         self.aborts += ids
+
+    async def _call_utility_async(self, method: str, *args: Any, engine: bytes) -> Any:
+        """Call a method of the engine, which a test has to bring."""
+        assert engine in self.core_engines
+        return await self.methods[method](*args)
 
 
 class Wire:
@@ -103,6 +110,8 @@ class Peer:
         self.finished: list[Any] = []
         self.hold: int | None = None
         self.connection.finish = self.finished.append
+        self.passed_on: list[Any] = []
+        self.connection.pass_on = self.passed_on.append
 
     @property
     def answer(self) -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.responses import JSONResponse
 
-from scalellm_plugins.engine.holding import HOLD
+from scalellm_plugins.engine.holding import HOLD, TokenHolder, only_gauges
 from scalellm_plugins.frontends import probes
 
 from .lane_parts import ARRIVAL, CHAT, Bench, Peer
@@ -99,6 +100,39 @@ class Upstream:
             [final], made, name, 0, model, self.bench.tokenizer, metadata
         )
         return bytes(JSONResponse(response.model_dump()).body)
+
+
+@dataclass
+class Run:
+    """Both ways with the same requests and the same outputs of the engine."""
+
+    bench: Bench
+    upstream: Upstream
+    holder: TokenHolder = field(default_factory=TokenHolder)
+    peers: list[Peer] = field(default_factory=list)
+    tasks: list[Any] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+
+    def add(self, path: str, **body: Any) -> str:
+        """Have both serve a request; returns its id."""
+        peer = self.bench.take(path, **body)
+        request_id = peer.answer.request_id
+        self.holder.add(self.bench.core.requests[request_id])
+        self.peers.append(peer)
+        self.tasks.append(self.upstream.add(peer))
+        self.ids.append(request_id)
+        return request_id
+
+    def step(self, outputs: list[Any], timestamp: float, stats: Any = None) -> None:
+        """Deliver a step to both; the lane's goes through the engine's holder."""
+        from vllm.v1.engine import EngineCoreOutputs
+
+        message = EngineCoreOutputs(outputs=outputs, timestamp=timestamp, scheduler_stats=stats)
+        self.upstream.deliver(wired(message))
+        held = {0: wired(message)}
+        self.holder.filter(held, only_gauges)
+        if 0 in held:
+            self.bench.deliver(wired(held[0]))
 
 
 async def results(queue: Any) -> AsyncIterator[Any]:

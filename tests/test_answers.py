@@ -258,6 +258,28 @@ def test_a_slow_client_gets_everything_of_an_answer_that_ended_meanwhile(lane: B
     assert len(peer.finished) == 1
 
 
+def test_a_slow_client_does_not_lose_count_of_its_interval(lane: Bench) -> None:
+    """The engine sends four tokens at a time, and now and then what it has: never more are due."""
+    peer = lane.take(stream=True, stream_interval=4)
+
+    def step(count: int, **others: Any) -> int:
+        lane.step([output(peer, [WORD] * count, **others)])
+        return sum(len(lane.tokenizer.encode(one)) for one in chat_texts(peer))
+
+    assert step(1, first=True) == 1
+    assert step(3) == 1, "sent early"
+    assert step(1) == 5
+    peer.answer.paused = True
+    assert step(4) == 5
+    assert step(2) == 5, "sent early"
+    peer.answer.paused = False
+    peer.answer.flush()
+    assert step(1) == 11, "two are missing to four"
+    assert step(1) == 13
+    assert step(3) == 13
+    assert step(1) == 17
+
+
 def test_steps_of_one_turn_become_one_event(lane: Bench, slowly: Callable[..., None]) -> None:
     peer = lane.take(stream=True)
     lane.step([output(peer, [WORD], first=True)])

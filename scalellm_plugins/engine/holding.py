@@ -6,7 +6,8 @@ all the same: an object to encode, a message to receive, decode and look up. Her
 the tokens of requests that said so (`HOLD` in their extra arguments) and sends them together.
 
 What metrics need is not lost: the times of the steps whose tokens were kept travel along, and every
-half second all that is kept is sent, so that counters never lag further behind.
+half second all that is kept is sent, so that counters never lag further behind. Where vLLM ends a
+request early (an abort, a pause), what is kept of it is still its client's.
 
 Follows `vllm/v1/engine/core.py`: `step()` returns {client: EngineCoreOutputs}. Pure: duck-typed.
 """
@@ -26,6 +27,13 @@ with one output of a message: for each step of which the client heard nothing, a
 one, what was kept in it as [tokens, [[inter-token latency, number of requests] …]]. With them every
 step is counted once and as one step, and a latency once for all requests that had it."""
 
+COUNTS = "scalellm_counts"
+"""Request id of an output that is there to carry `KEPT`, where no other of its message can: all are
+of requests of which nothing is kept. vLLM's own code passes over ids that it does not know."""
+
+TAKE_KEPT = "scalellm_take_kept"
+"""Method of the engine, for utility calls: end requests; return what was kept by request."""
+
 Step = list[Any]
 """[tokens, [[latency in s, requests] …]], see `KEPT`."""
 
@@ -37,10 +45,12 @@ STATS_S = 0.05
 class _Kept:
     """One request's tokens since they were last sent."""
 
-    __slots__ = ("every", "last", "token_ids")
+    __slots__ = ("early", "every", "last", "token_ids")
 
     def __init__(self, every: int) -> None:
         self.every = every
+        self.early = 0
+        """Tokens that were sent before there were `every`; they count among the next ones."""
         self.token_ids: list[int] | None = None  # None until its first output has gone out
         self.last = 0.0
         """Time of its last token."""
@@ -53,7 +63,8 @@ class TokenHolder:
         self._kept: dict[str, _Kept] = {}
         self._steps: dict[int, list[Step]] = {}
         """Client → what was kept in each step since its last message."""
-        self._released = 0.0
+        self._released: dict[int, float] = {}
+        """Client → when all that was kept was last sent (s, the engine's clock)."""
         self._stats_sent = 0.0
 
     def __len__(self) -> int:
@@ -72,17 +83,25 @@ class TokenHolder:
         for request_id in request_ids:
             self._kept.pop(request_id, None)
 
-    def release(self, request_ids: list[str]) -> list[tuple[str, list[int], dict[str, Any]]]:
-        """Give out what is kept of requests that the engine ends by itself.
+    def take(self, request_ids: list[str]) -> dict[str, list[int]]:
+        """Give out what is kept of requests that end now: token ids by request."""
+        taken = ((id_, self._kept.pop(id_, None)) for id_ in request_ids)
+        return {id_: kept.token_ids for id_, kept in taken if kept and kept.token_ids}
 
-        Returns (request, token ids, `kv_transfer_params` of the output to make of them).
+    def release(
+        self, client: int, request_ids: list[str]
+    ) -> dict[str, tuple[list[int], dict[str, Any]]]:
+        """Give out what is kept of a client's requests that the engine ends by itself.
+
+        Returns request → (token ids, `kv_transfer_params`) for the output that ends it.
         """
-        given = []
-        for request_id in request_ids:
-            kept = self._kept.pop(request_id, None)
-            if kept is not None and kept.token_ids:
-                carried = [len(kept.token_ids), kept.last, []]
-                given.append((request_id, kept.token_ids, {KEPT: carried}))
+        last = {id_: self._kept[id_].last for id_ in request_ids if id_ in self._kept}
+        taken = self.take(request_ids)
+        steps = [*self._steps.pop(client, ()), [0, []]] if taken else []
+        given = {}
+        for request_id, token_ids in taken.items():
+            given[request_id] = (token_ids, {KEPT: [len(token_ids), last[request_id], steps]})
+            steps = []
         return given
 
     def filter(self, step: dict[int, Any], droppable: Callable[[Any], bool]) -> None:
@@ -92,26 +111,25 @@ class TokenHolder:
             step: client → its `EngineCoreOutputs`; changed in place, clients without news removed.
             droppable: whether scheduler statistics may be left out (see `only_gauges`).
         """
-        if not self._kept:
+        if not self._kept and not self._steps:
             return
         for client in list(step):
             outputs = step[client]
             now = outputs.timestamp
             if outputs.outputs:
-                release = now - self._released > RELEASE_S
-                outputs.outputs = self._sift(client, outputs.outputs, now, release)
-                if release:
-                    self._released = now
-            if outputs.outputs or outputs.finished_requests or outputs.utility_output:
-                self._stats_sent = now
-            elif outputs.scheduler_stats is None or (
-                now - self._stats_sent < STATS_S and droppable(outputs.scheduler_stats)
+                outputs.outputs = self._sift(client, outputs.outputs, now)
+            stats = outputs.scheduler_stats
+            if not (outputs.outputs or outputs.finished_requests or outputs.utility_output) and (
+                stats is None or (now - self._stats_sent < STATS_S and droppable(stats))
             ):
                 del step[client]
-            else:
+            elif stats is not None:
                 self._stats_sent = now
 
-    def _sift(self, client: int, outputs: list[Any], now: float, release: bool) -> list[Any]:
+    def _sift(self, client: int, outputs: list[Any], now: float) -> list[Any]:
+        release = now - self._released.get(client, 0.0) > RELEASE_S
+        if release:
+            self._released[client] = now
         news = []
         held = 0
         latencies: dict[float, int] = {}
@@ -129,22 +147,34 @@ class TokenHolder:
                 kept.last = now
                 held += len(output.new_token_ids)
         step = [held, [[now - last, count] for last, count in latencies.items()]]
+        if news and carrier is None and (latencies or client in self._steps):
+            carrier = [0, 0.0, []]
+            counts = {KEPT: carrier}
+            news.append(
+                type(news[0])(request_id=COUNTS, new_token_ids=[], kv_transfer_params=counts)
+            )
         if carrier is not None:
             carrier[2] = [*self._steps.pop(client, ()), step]
-        elif held:
+        elif latencies:
             self._steps.setdefault(client, []).append(step)
         return news
 
     def _must_go(self, output: Any, kept: _Kept, release: bool) -> bool:
         if release or output.finish_reason is not None or output.events is not None:
             return True
-        assert kept.token_ids is not None
-        tokens = len(kept.token_ids) + len(output.new_token_ids)
-        return bool(kept.every) and tokens >= kept.every
+        return bool(kept.every) and self._waiting(output, kept) >= kept.every
+
+    @staticmethod
+    def _waiting(output: Any, kept: _Kept) -> int:
+        """How many tokens the client has not seen, with those of `output`."""
+        return kept.early + len(kept.token_ids or ()) + len(output.new_token_ids)
 
     def _with_kept(self, output: Any, kept: _Kept, now: float) -> list[Any]:
         """Put into an output what was kept of its request; return what can carry counts."""
         tokens = len(kept.token_ids or ())
+        if kept.token_ids is not None:  # the first output is shown at once
+            waiting = self._waiting(output, kept)
+            kept.early = waiting if waiting < kept.every else 0
         if kept.token_ids:
             output.new_token_ids = kept.token_ids + list(output.new_token_ids)
         carried: list[Any] = [tokens, kept.last, []]

@@ -250,6 +250,7 @@ _NOTHING_TO_DO = frozenset(
         "sleep",
         "wake_up",
         "discard",
+        "synchronize_device",
         "profile",
         "get_simple_cpu_offload_num_cpu_blocks",
     }
