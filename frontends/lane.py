@@ -110,10 +110,12 @@ class Lane:
         except Exception:
             logger.exception("the fast lane failed on a request; vLLM's own code serves it")
             taken = False
-        self.accounting.routed(route.path, fast=taken)
-        return taken
+        if taken is not None:
+            self.accounting.routed(route.path, fast=taken)
+        return taken is not False
 
-    def _take(self, connection: FastLaneProtocol, cycle: Any, route: Route) -> bool:
+    def _take(self, connection: FastLaneProtocol, cycle: Any, route: Route) -> bool | None:
+        """Do what `take` says; None for a long prompt, of which it is not known yet."""
         arrived = time.monotonic()
         asked = self.headers.read(cycle.scope["headers"])
         if asked is None or self.engine_client.errored:
@@ -130,7 +132,7 @@ class Lane:
         if isinstance(plan, Plan) and plan.missing_chars > INLINE_CHARS:
             connection.answer = answer
             self._spawn(self._admit_long(answer, plan))
-            return True
+            return None
         if isinstance(plan, Plan):
             ids = plan.encode()
             plan.commit()
@@ -149,13 +151,13 @@ class Lane:
         try:
             ids = await self.loop.run_in_executor(self.threads, plan.encode)
             plan.commit()
-            if answer.over:
-                return
-            admitted = self._admit(answer, ids)
+            # Over: its client has left.
+            taken = answer.over or self._admit(answer, ids)
         except Exception:
             logger.exception("the fast lane failed on a long prompt; vLLM's own code serves it")
-            admitted = False
-        if not admitted and not answer.over:
+            taken = answer.over
+        self.accounting.routed(answer.ask.route.path, fast=taken)
+        if not taken:
             answer.over = True
             answer.connection.pass_on(answer.cycle)
 
@@ -179,10 +181,14 @@ class Lane:
             self.states[request.request_id] = answer
         except self._full:  # by another worker, since it was checked
             return False
-        self.accounting.entered(answer)
         self.processor.external_req_ids[request.external_req_id].append(request.request_id)
         answer.connection.answer = answer
-        answer.admitted(request, stats)
+        try:
+            answer.admitted(request, stats)
+        except Exception:
+            self._forget(answer)  # vLLM serves it: nothing of it may stay here
+            raise
+        self.accounting.entered(answer)
         self._send(answer, request)
         return True
 

@@ -112,6 +112,27 @@ def encoded(body: dict[str, Any]) -> bytes:
 
 
 @pytest.mark.vllm
+@pytest.mark.parametrize("path", [CHAT, COMPLETION])
+@pytest.mark.parametrize(("most", "count", "taken"), [(3, 3, True), (3, 4, False), (None, 9, True)])
+def test_more_stop_strings_than_vllm_takes_are_left_to_it(
+    path: str, most: int | None, count: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """VLLM_MAX_STOP_STRINGS, where the release has it: vLLM's own code words the refusal."""
+    pytest.importorskip("vllm")
+    from scalellm_plugins.frontends.routes import Asked
+
+    from .lane_parts import bench
+
+    route = bench().routes[path]
+    monkeypatch.setattr(route, "max_stops", most)
+    body = {"messages": MESSAGES} if path == CHAT else {"prompt": "x"}
+    body["stop"] = [str(number) for number in range(count)]
+    assert (route.read(encoded(body), Asked(), "fallback") is not None) == taken
+    # One string is no list: it is never too many.
+    assert route.read(encoded({**body, "stop": "abcdef"}), Asked(), "fallback") is not None
+
+
+@pytest.mark.vllm
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @settings(max_examples=1500)
 @given(fields(), st.sampled_from([CHAT, COMPLETION]), PROMPTS)
