@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from types import ModuleType
@@ -21,12 +23,17 @@ HOLDS: dict[str, list[str]] = {}
 @pytest.fixture(autouse=True)
 def environment(
     clean_environment: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
-) -> pytest.MonkeyPatch:
+) -> Iterator[pytest.MonkeyPatch]:
     """No contract is broken and no patch is applied: those have tests of their own."""
     monkeypatch.setattr(decision, "contract_reasons", lambda name: HOLDS.get(name, []))
     monkeypatch.setattr(activation, "apply_patches", lambda *_args, **_kwargs: [])
     monkeypatch.setattr(names, "_loaded", set())
-    return clean_environment
+    # As before vLLM sets up its logging, which tests before these may have had it do.
+    logger = logging.getLogger("vllm")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    yield clean_environment
+    logger.setLevel(level)
 
 
 def on(states: tuple[decision.FeatureState, ...]) -> set[str]:
