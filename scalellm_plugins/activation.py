@@ -190,13 +190,14 @@ def _with_worker_bounds(
     """
     if "frontend" not in {state.name for state in decided if state.on}:
         return dict(raw)
+    own = _own_default(arguments)
     low, high = config.worker_bounds(
         options.frontend,
         getattr(arguments, "api_server_count", None),
         cores=1 if _is_balanced_elsewhere(arguments) else len(os.sched_getaffinity(0)),
-        at_least=_own_default(arguments),
+        at_least=own,
     )
-    if high > 1:
+    if max(high, own) > 1:  # one, where vLLM would start several, must be said, too
         arguments.api_server_count = high
     return config.merge(raw, {"frontend": {"min_workers": low, "max_workers": high}})
 

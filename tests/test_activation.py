@@ -227,6 +227,12 @@ def test_the_number_of_workers_is_decided_once_for_every_process(
     assert dict(os.environ) == before
 
 
+def test_one_worker_is_one_where_vllm_would_start_one_per_rank() -> None:
+    line = argparse.Namespace(api_server_count=None, data_parallel_size=2)
+    activation.from_command_line(["scalellm"], {"frontend": {"workers": 1}}, line)
+    assert line.api_server_count == 1
+
+
 def test_switched_off_it_leaves_vllms_arguments_alone() -> None:
     arguments = run(["scalellm"], {"frontend": {"workers": 3, "enabled": "off"}})
     assert arguments.api_server_count is None
