@@ -12,6 +12,18 @@ if TYPE_CHECKING:
     from .tenants import TenantFile
 
 
+_AUTHORIZATION = b"authorization"
+
+
+def shown(scope: Any) -> bytes | None:
+    """Return the `Authorization` header of a request, None where there is none."""
+    for name, value in scope["headers"]:
+        if name == _AUTHORIZATION:
+            found: bytes = value
+            return found
+    return None
+
+
 def install(app: Any, keys: list[str], tenants: TenantFile) -> None:
     """Have vLLM's authentication take tenants' keys, on every route that it guards.
 

@@ -22,7 +22,7 @@ import prometheus_client
 from scalellm_plugins import config
 from scalellm_plugins.errors import ConfigError
 
-from . import authentication, counting, refusals
+from . import authentication, counting, refusals, sessions
 from .accounting import Accounting
 from .admission import SERVER, Admission, Bounds, Prompt, Ticket
 from .headers import CrossOrigin
@@ -61,7 +61,6 @@ GUARDED = frozenset(
 """Paths whose POST brings the engine a prompt, in any supported release of vLLM."""
 
 _TICK_S = 1.0
-_AUTHORIZATION = b"authorization"
 
 
 class Seat(NamedTuple):
@@ -202,26 +201,27 @@ class Gate:
         scope = cycle.scope
         if scope["method"] != "POST" or _path(scope) not in GUARDED:
             return True
-        authorization = None
-        for name, value in scope["headers"]:
-            if name == _AUTHORIZATION:
-                authorization = value
-                break
-        tenant = self.tenants.book.of(authorization)
+        tenant = self.tenants.book.of(authentication.shown(scope))
         if tenant is None:
             if _path(scope) != "/invocations":
                 return True  # vLLM's middleware refuses it
             tenant = self.tenants.book.default  # vLLM asks for no key here
-        seat = self._seats.get(tenant.name) or self._seat(tenant)
-        refusal = self.counters.enter(tenant.name, seat.entry, seat.bounds, self.bounds)
-        if refusal is not None:
-            self.count_refusal(tenant.name, refusal)
-            self.refuse(connection, cycle, refusal, seat.entry)
+        ticket = self.enter(tenant, cycle)
+        if isinstance(ticket, Refusal):
+            self.refuse(connection, cycle, ticket, self._seats[tenant.name].entry)
             return False
-        ticket = Pass(self, seat, cycle)
         cycle.scalellm_pass = connection.admitted = ticket
         cycle.on_response = _then(ticket.leave, cycle.on_response)
         return True
+
+    def enter(self, tenant: Tenant, cycle: Any) -> Pass | Refusal:
+        """Count a request of a tenant; or count that there is no room for it, and say why."""
+        seat = self._seats.get(tenant.name) or self._seat(tenant)
+        refusal = self.counters.enter(tenant.name, seat.entry, seat.bounds, self.bounds)
+        if refusal is None:
+            return Pass(self, seat, cycle)
+        self.count_refusal(tenant.name, refusal)
+        return refusal
 
     def _seat(self, tenant: Tenant) -> Seat:
         seat = Seat(tenant, self.counters.index(tenant.name), tenant.by_gauge())
@@ -351,6 +351,7 @@ def attach(engine_client: Any, app: Any, state: Any, args: Namespace) -> Gate | 
     if options.tenants is not None:
         authentication.install(app, keys, tenants)
     counting.install(engine_client)
+    sessions.install(app, gate)
     gate.watch()
     state.scalellm_gate = gate
     logger.info("admission: %s", _described(limits, tenants))

@@ -58,6 +58,26 @@ def register():
         return ended
     Scheduler.add_request, Scheduler.finish_requests = add_request, finish_requests
     Scheduler.probed = True
+
+class Realtime:
+    """The route that vLLM has with models of speech; a session lasts as long as its client."""
+
+    name = "probe_extra"
+    required_tasks = None
+
+    def attach_router(self, app):
+        from fastapi import WebSocket
+
+        @app.websocket("/v1/realtime")
+        async def realtime(socket: WebSocket):
+            await socket.accept()
+            await socket.receive()
+
+    async def init_state(self, engine_client, state, args):
+        pass
+
+def endpoint():
+    return Realtime()
 '''
 
 
@@ -154,6 +174,7 @@ def served(
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: probe_extra\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[vllm.general_plugins]\nprobe_extra = probe_extra_module:register\n"
+        "[vllm.endpoint_plugins]\nprobe_extra = probe_extra_module:endpoint\n"
     )
     (folder / "site" / "probe_extra_module.py").write_text(PROBE)
     (folder / "tenants.json").write_text(tenants())
@@ -210,6 +231,30 @@ def test_keys(served: Served) -> None:
         for reply in (served.ask(wrong), served.ask(wrong, "/v1/models")):
             assert (reply.status, reply.text) == (401, '{"error":"Unauthorized"}')
     assert served.ask(None, "/health").status == 200
+
+
+def test_websockets_are_requests_in_flight_over_all_workers(served: Served) -> None:
+    pytest.importorskip("websockets")
+    from websockets.exceptions import InvalidStatus
+    from websockets.sync.client import connect
+
+    def status(key: str) -> int:
+        """Of the handshake; the session goes on until the end of the test."""
+        address = served.server.url.replace("http", "ws") + "/v1/realtime"
+        headers = {"Authorization": f"Bearer {key}"}
+        try:
+            stack.enter_context(connect(address, additional_headers=headers, proxy=None))
+        except InvalidStatus as refused:
+            return refused.response.status_code
+        return 101
+
+    with ExitStack() as stack:
+        assert status("wrong-key") == 401
+        assert [status("small-key") for _ in range(4)] == [101, 101, 429, 429]
+        assert [status("large-key") for _ in range(5)] == [101] * (MOST - 2) + [503] * 2
+        assert served.ask("large-key").status == 503
+        assert served.used("queued_requests", "large") == 0
+    until(lambda: served.ask("small-key").status == 200, "the sessions have ended")
 
 
 def test_the_engine_knows_the_tenant_whatever_a_client_says(served: Served) -> None:
