@@ -99,6 +99,13 @@ class Link:
     async def _guard(self) -> None:
         try:
             await self._closed
+        except asyncio.CancelledError:
+            # The end of the client. vLLM's own tasks let those wait for ever who still do, and
+            # the server with them.
+            from vllm.v1.engine.exceptions import EngineDeadError
+
+            self._client.output_processor.propagate_error(EngineDeadError())
+            raise
         finally:
             self._loop.remove_reader(self._fd)
             if self._rings is not None:

@@ -22,7 +22,7 @@ from .supervisor import Assignment, main
 from .worker import Job
 
 _GRACE_S = 2.0
-"""How long the workers have to end their streams when no shutdown timeout was asked for."""
+"""How long the workers have to leave, when the time for what is running is over."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _end(processes: list[Any], listeners: list[Any], timeout: float | None) -> N
     from vllm.v1.utils import shutdown
 
     try:
-        shutdown(processes, timeout=None if timeout is None else max(timeout, _GRACE_S))
+        shutdown(processes, timeout=None if timeout is None else timeout + _GRACE_S)
     finally:
         for entry in listeners:
             entry.cleanup()

@@ -28,6 +28,10 @@ class EngineDead(msgspec.Struct, frozen=True, tag=True):
     """Worker: the engine is gone, and so the worker will be."""
 
 
+class Leaving(msgspec.Struct, frozen=True, tag=True):
+    """Worker: it was told to end, and accepts no more connections."""
+
+
 class Retire(msgspec.Struct, frozen=True, tag=True):
     """Supervisor: accept no more, finish what is open, leave."""
 
@@ -38,7 +42,7 @@ class AbortClient(msgspec.Struct, frozen=True, tag=True):
     index: int
 
 
-FromWorker = EngineReady | Serving | EngineDead
+FromWorker = EngineReady | Serving | EngineDead | Leaving
 FromSupervisor = Retire | AbortClient
 Message = FromWorker | FromSupervisor
 

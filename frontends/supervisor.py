@@ -27,7 +27,16 @@ from typing import Any, Literal
 from . import shared_values
 from .scaling import CrashLoop, ScalingPolicy
 from .slots import SlotTable
-from .supervision import AbortClient, Channel, EngineDead, EngineReady, Message, Retire, Serving
+from .supervision import (
+    AbortClient,
+    Channel,
+    EngineDead,
+    EngineReady,
+    Leaving,
+    Message,
+    Retire,
+    Serving,
+)
 from .supervisor_warmth import check_threads, import_modules, warm_up
 from .worker import Job, Worker, run
 
@@ -54,7 +63,7 @@ class Assignment:
     """Whether vLLM counts queued requests across workers (`--max-num-queued-reqs`)."""
 
 
-State = Literal["empty", "starting", "serving", "retiring"]
+State = Literal["empty", "starting", "serving", "retiring", "leaving"]
 
 
 @dataclass
@@ -88,6 +97,7 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._ready: dict[bytes, bytes] = {}
         self._stopping = False
+        self._listening = True
         self._engine_dead = False
         self._kill_at: float | None = None
         self._status = 0
@@ -121,6 +131,8 @@ class Supervisor:
                 self._signal(signal.SIGKILL)
             elif not self._stopping:
                 self._scale()
+            elif self._listening and not self._accepting():
+                self._stop_listening()
 
     # Being told to stop
 
@@ -159,6 +171,19 @@ class Supervisor:
         for slot in self._slots:
             slot.start_at = None
         self._signal(signal.SIGTERM)
+
+    def _accepting(self) -> bool:
+        return any(slot.state in ("starting", "serving") for slot in self._slots)
+
+    def _stop_listening(self) -> None:
+        """Refuse connections from now on. The socket is the main process's and the workers', too:
+        merely closed, it would let clients wait in its queue for nobody.
+
+        Only when no worker accepts any more: it would take this for an error.
+        """
+        self._listening = False
+        with suppress(OSError):
+            self._job.sock.shutdown(socket.SHUT_RDWR)
 
     def _signal(self, number: int) -> None:
         for slot in self._slots:
@@ -234,6 +259,8 @@ class Supervisor:
             import_modules(message.modules)
         elif isinstance(message, EngineDead):
             self._engine_dead = True
+        elif isinstance(message, Leaving):
+            slot.state = "leaving"
 
     def _on_end(self, slot: Slot) -> None:
         state, pid = slot.state, slot.process.pid
@@ -289,7 +316,7 @@ class Supervisor:
         The slot's next worker does it again, behind whatever the dead one had still sent.
         """
         for slot in self._slots:
-            if slot.channel is not None and slot.state in ("serving", "retiring"):
+            if slot.channel is not None and slot.state in ("serving", "retiring", "leaving"):
                 slot.channel.send(AbortClient(dead.index))
                 return
 

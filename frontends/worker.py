@@ -25,7 +25,7 @@ from typing import Any
 from . import shared_values
 from .slots import NOT_ACCEPTING, Activity, SlotTable
 from .supervised_client import abort_client, expect_no_reset
-from .supervision import AbortClient, Channel, EngineDead, EngineReady, Retire, Serving
+from .supervision import AbortClient, Channel, EngineDead, EngineReady, Leaving, Retire, Serving
 
 logger = logging.getLogger("vllm.scalellm")
 
@@ -33,6 +33,11 @@ PUBLISH_EVERY_S = 0.25
 """How often a worker says how busy it is; the policy needs a few samples per second."""
 
 _DRAIN_CHECK_S = 0.05
+
+_LAST_WORDS_S = 1.0
+"""How long clients of aborted requests have to read that they were."""
+
+_CLOSE = (b"connection", b"close")
 _MODULES_TOLD = 2000
 _PR_SET_PDEATHSIG = 1
 
@@ -69,6 +74,7 @@ class Worker:
     client: Any = None
     server: Any = None
     retiring: bool = False
+    stopping: bool = False
     unfinished: Callable[[], int] = lambda: 0
     """How much work there is that no connection waits for."""
 
@@ -88,6 +94,8 @@ class Worker:
     def server_started(self, server: Any) -> None:
         """uvicorn accepts connections."""
         self.server = server
+        for number in (signal.SIGTERM, signal.SIGINT):  # in place of vLLM's handlers
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
         fresh = sorted(set(sys.modules) - self.known_modules)[:_MODULES_TOLD]
         self.channel.send(Serving(fresh))
         if self.retiring:
@@ -157,17 +165,9 @@ class Worker:
         """
         server = self.server
         self._stop_accepting()
-        close = (b"connection", b"close")
-        # uvicorn renews the one from the other every second.
-        server.config.encoded_headers.append(close)
-        server.server_state.default_headers = [*server.server_state.default_headers, close]
         silent = set(server.server_state.connections)
         patience = time.monotonic() + server.config.timeout_keep_alive
-        while (
-            server.server_state.connections
-            or getattr(server, "_connecting", 0)
-            or self.unfinished()
-        ):
+        while self._is_needed():
             await asyncio.sleep(_DRAIN_CHECK_S)
             if silent and time.monotonic() > patience:
                 _close_silent(silent & server.server_state.connections)
@@ -175,8 +175,15 @@ class Worker:
         logger.info("API server %d retired", self.index)
         server.should_exit = True
 
+    def _is_needed(self) -> bool:
+        server = self.server
+        connecting = getattr(server, "_connecting", 0)
+        return bool(server.server_state.connections or connecting or self.unfinished())
+
     def _stop_accepting(self) -> None:
         server = self.server
+        if _CLOSE in server.config.encoded_headers:
+            return
         for listener in getattr(server, "servers", ()):  # before vLLM 0.32: asyncio's own
             listener.close()
         for task in list(getattr(server, "_accept_tasks", ())):
@@ -188,6 +195,55 @@ class Worker:
             loads, index = server.peer_loads
             server.peer_loads = (list(loads), index)
         self.slots.loads[self.index] = NOT_ACCEPTING
+        # uvicorn renews the one from the other every second.
+        server.config.encoded_headers.append(_CLOSE)
+        server.server_state.default_headers = [*server.server_state.default_headers, _CLOSE]
+
+    # Ending
+
+    def _on_signal(self) -> None:
+        # Often more than one: to the whole process group, and from the supervisor.
+        if not self.stopping:
+            self.stopping = True
+            self._start(self._stop())
+
+    async def _stop(self) -> None:
+        """Accept no more, let what runs go on for `--shutdown-timeout` seconds, and end the rest.
+
+        vLLM's handler begins with closing the connection to an engine that is not its own, and then
+        waits for streams that nothing ends. Here it is as in vLLM's single process: they go on, and
+        those that are aborted say so.
+        """
+        self._stop_accepting()
+        self.channel.send(Leaving())
+        server, client = self.server, self.client
+        deadline = time.monotonic() + client.vllm_config.shutdown_timeout
+        while self._is_needed() and time.monotonic() < deadline:
+            if client.resources.engine_dead or self.channel.closed:
+                break  # nobody is left to finish anything
+            for connection in list(server.server_state.connections):
+                if hasattr(connection, "cycle"):  # not a websocket, whose session goes on
+                    connection.shutdown()  # after its answer, if it waits for one
+            await asyncio.sleep(_DRAIN_CHECK_S)
+        await self._abort_requests()
+        deadline = time.monotonic() + _LAST_WORDS_S
+        while server.server_state.connections and time.monotonic() < deadline:
+            for connection in list(server.server_state.connections):
+                connection.shutdown()
+            await asyncio.sleep(_DRAIN_CHECK_S)
+        for connection in list(server.server_state.connections):
+            connection.transport.abort()
+        server.should_exit = True
+
+    async def _abort_requests(self) -> None:
+        engine_client = self.server.config.app.state.engine_client
+        requests = list(engine_client.output_processor.request_states)
+        if requests:
+            logger.info("API server %d: aborting %d requests", self.index, len(requests))
+            try:
+                await engine_client.abort(requests, internal=True)
+            except Exception:
+                logger.exception("requests could not be aborted")
 
 
 def _cpu_wanted_s() -> float:

@@ -289,6 +289,8 @@ async def test_vllm_ends_the_link_as_its_own_task(engine: Engine) -> None:
     await asyncio.gather(task, return_exceptions=True)
     descriptor = engine.core.resources.output_socket.getsockopt(zmq.FD)
     assert not asyncio.get_running_loop().remove_reader(descriptor)
+    # Whose answers the engine did not finish must hear of it: the server waits for them to end.
+    assert [type(error) for error in engine.processor.errors] == [EngineDeadError]
 
 
 class OtherClient(AsyncMPClient):

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from multiprocessing import Pipe, get_context
@@ -30,6 +31,7 @@ from scalellm_plugins.frontends.supervision import (
     Channel,
     EngineDead,
     EngineReady,
+    Leaving,
     Retire,
     Serving,
 )
@@ -51,7 +53,7 @@ class ScriptedWorker:
     def run(self) -> None:
         die_with_parent()
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        signal.signal(signal.SIGTERM, lambda *_: self.told_to_end())
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
         index, channel = self.worker.index, self.worker.channel
         if self.behaviour not in ("silent", "crash"):
@@ -71,6 +73,13 @@ class ScriptedWorker:
                 if isinstance(message, Retire):
                     os._exit(0)
 
+    def told_to_end(self) -> None:
+        if self.behaviour not in ("drains", "does not hear"):
+            os._exit(0)
+        if self.behaviour == "drains":
+            self.worker.channel.send(Leaving())
+        self.reports.send((self.worker.index, os.getpid(), "told", None))
+
 
 class Harness:
     """A supervisor in a child process, and the reports of its workers."""
@@ -79,7 +88,8 @@ class Harness:
         self.reports, theirs = Pipe(duplex=False)
         sockets = [listen("tcp://127.0.0.1:0") for _ in range(2 * slots)]
         pairs = [(entry.address, entry.socket) for entry in sockets]
-        job = Job("http://x", socket.socket(), Namespace(), {"client_count": slots})
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        job = Job("http://x", self.listening, Namespace(), {"client_count": slots})
         assignment = Assignment(job, pairs[:slots], pairs[slots:], minimum, admission=True)
         self.process = get_context("fork").Process(
             target=_supervise, args=(assignment, theirs, behaviours)
@@ -110,6 +120,14 @@ class Harness:
     def ended(self) -> int | None:
         self.process.join(LIMIT_S)
         return self.process.exitcode
+
+    def refuses(self) -> bool:
+        """Whether a client is refused, rather than let wait for somebody to accept it."""
+        try:
+            socket.create_connection(self.listening.getsockname(), LIMIT_S).close()
+        except ConnectionRefusedError:
+            return True
+        return False
 
 
 def _supervise(assignment: Assignment, reports: Connection, behaviours: dict[int, str]) -> None:
@@ -160,6 +178,26 @@ def test_it_starts_the_minimum_and_ends_them_on_a_signal(start: Any) -> None:
     assert all(_gone(pid) for pid in workers.values())
     with pytest.raises(EOFError):  # nobody is left who could report
         harness.report()
+
+
+def test_connections_are_refused_when_no_worker_accepts_any_more(start: Any) -> None:
+    """And before that: while one still does, it would take the end of its socket for an error."""
+    harness = start(3, 3, slot0="drains", slot1="drains", slot2="does not hear")
+    workers = harness.up(3)
+    # The supervisor knows the workers as accepting once it has read what they said, before this.
+    harness.signal(signal.SIGTERM)
+    told = [harness.report() for _ in range(3)]
+    assert {index for index, _, what, _ in told if what == "told"} == {0, 1, 2}
+    assert not harness.refuses()
+    os.kill(workers[2], signal.SIGKILL)
+    deadline = time.monotonic() + LIMIT_S
+    while not harness.refuses():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert harness.process.is_alive(), "it waits for those that still have something to say"
+    for index in (0, 1):
+        os.kill(workers[index], signal.SIGKILL)
+    assert harness.ended() == 0
 
 
 def test_a_dead_worker_is_replaced_with_what_the_engines_said_and_its_requests_aborted(
