@@ -12,9 +12,10 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,83 @@ def test_requests_are_limited_over_all_workers(server: Any, lane: str) -> None:
     # 300 tokens take seconds: nobody is done when the last one asks.
     assert statuses.count(200) == MAX_REQUESTS
     assert statuses.count(503) == len(statuses) - MAX_REQUESTS
+
+
+@contextmanager
+def held(server: Any) -> Iterator[None]:
+    """Stop the engine for a while: what is let in meanwhile waits for its first token."""
+    (engine,) = [pid for pid, title in server.processes().items() if "EngineCore" in title]
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(engine, signal.SIGCONT)
+
+
+PROMPT = 300
+LET_IN = 3
+"""As many as it takes until MAX_TOKENS wait: the next one finds no room."""
+
+
+def crowd(server: Any, clients: list[Client], kinds: list[dict[str, Any]]) -> list[int]:
+    """Ask with all at the same moment, while the engine is held; return their statuses."""
+    barrier = threading.Barrier(len(clients))
+
+    def ask(number: int) -> int:
+        body = completion(3, prompt=[5] * PROMPT, **kinds[number % len(kinds)])
+        barrier.wait(LIMIT_S)
+        return clients[number].ask("POST", "/v1/completions", body)[0]
+
+    with ThreadPoolExecutor(len(clients)) as threads:
+        with held(server):
+            jobs = [threads.submit(ask, number) for number in range(len(clients))]
+            deadline = time.monotonic() + 30
+            while sum(job.done() for job in jobs) < len(jobs) - LET_IN:
+                if time.monotonic() > deadline:
+                    break  # too many were let in, and wait
+                time.sleep(0.02)
+        return [job.result() for job in jobs]
+
+
+STREAMED, FULL = {"stream": True}, {"logprobs": 1}
+
+
+@pytest.mark.parametrize("kinds", [[{}, STREAMED], [FULL], [{}, FULL, STREAMED]])
+def test_queued_tokens_are_limited_over_all_workers(
+    server: Any, kinds: list[dict[str, Any]]
+) -> None:
+    """Twice, since what was queued is given back; and what was refused took nothing.
+
+    (Streams of vLLM's own code have their status out by then, and are told by an event.)
+    """
+    with ExitStack() as stack:
+        groups = [stack.enter_context(connected(server)) for _ in range(4)]
+        everyone = [client for group in groups for client in group]
+        for _ in range(2):
+            statuses = crowd(server, everyone, kinds)
+            assert statuses.count(200) == LET_IN
+            assert statuses.count(503) == len(everyone) - LET_IN
+
+
+def test_queued_tokens_of_a_dead_worker_are_not_counted(server: Any) -> None:
+    with ExitStack() as stack, held(server):
+        groups = [stack.enter_context(connected(server)) for _ in range(4)]
+        queued = completion(3, prompt=[5] * PROMPT)
+        for group in groups[:LET_IN]:
+            text = json.dumps(queued)
+            headers = {"content-type": "application/json"}
+            group[1].connection.request("POST", "/v1/completions", text, headers)
+        others = [client for group in groups for client in (group[0], group[2])]
+        until(lambda: others[0].get("/load") == {"server_load": LET_IN}, "they are queued")
+        status, _ = others[0].ask("POST", "/v1/completions", queued)
+        assert status == 503
+        dead, up = groups[0][1].pid, serving(server)
+        os.kill(dead, signal.SIGKILL)
+        until(lambda: workers(server).get(1, dead) != dead, "it is gone, and its queue with it")
+        statuses = crowd(server, others, [{}, FULL])
+        assert statuses.count(200) == LET_IN
+        assert statuses.count(503) == len(others) - LET_IN
+    until(lambda: serving(server) > up, "a worker in its place")
 
 
 def test_what_a_dead_worker_had_queued_is_not_counted(server: Any) -> None:
