@@ -1,4 +1,7 @@
-"""Workers of a real server: killed, added and retired under load. One server for all tests."""
+"""Workers of a real server: killed, added and retired under load, and left by their clients.
+
+One server for all tests; the engine notes what it frees, and when.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,16 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from scalellm_plugins.frontends.scaling import CrashLoop
+
+from . import places
+from .places import Connection, Place, completion
 
 pytestmark = pytest.mark.server
 
@@ -24,6 +33,44 @@ LIMIT_S = 120.0
 LONG = 1500
 """Tokens of a stream that outlives a test: at 21 ms each, half a minute."""
 
+MOST = 12
+"""Requests that the engine runs at a time."""
+
+PROBE = '''
+import multiprocessing, os, time
+
+def note(*words):
+    with open(os.environ["PROBE_NOTES"], "a") as file:
+        print(time.monotonic(), *words, file=file)
+
+def noted(original, after):
+    def call(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        after(self, result, *args)
+        return result
+    return call
+
+def register():
+    """In the engine: note each request that comes, each abort, and how many KV blocks are free."""
+    if not multiprocessing.current_process().name.startswith("EngineCore"):
+        return
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.sched.scheduler import Scheduler
+    if hasattr(Scheduler, "probed"):
+        return
+    Scheduler.probed = True
+    Scheduler.add_request = noted(
+        Scheduler.add_request, lambda self, _, request: note("came", request.request_id)
+    )
+    Scheduler.finish_requests = noted(
+        Scheduler.finish_requests,
+        lambda self, ended, *_: [note("aborted", one.request_id) for one in ended],
+    )
+    BlockPool.free_blocks = noted(
+        BlockPool.free_blocks, lambda self, *_: note("free", self.get_num_free_blocks())
+    )
+'''
+
 
 @pytest.fixture(scope="module")
 def server(
@@ -31,20 +78,26 @@ def server(
 ) -> Iterator[Any]:
     """Two workers, room for a third, on a simulated GPU that is slow enough to be watched."""
     conftest = request.config.pluginmanager.get_plugin(str(Path(__file__).with_name("conftest.py")))
+    folder = tmp_path_factory.mktemp("workers")
+    info = folder / "site" / "probe_engine-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: probe_engine\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nprobe_engine = probe_engine_module:register\n"
+    )
+    (folder / "site" / "probe_engine_module.py").write_text(PROBE)
+    environment = {"PYTHONPATH": str(folder / "site"), "PROBE_NOTES": str(folder / "notes")}
     options = (
-        *(
-            "--plugins",
-            "scalellm,scalellm.sim",
-            "--scalellm.strict",
-            "--scalellm.sim.speed",
-            "0.25",
-        ),
+        *("--plugins", "scalellm,scalellm.sim,probe_engine", "--scalellm.strict"),
+        *("--scalellm.sim.speed", "0.25", "--max-num-seqs", str(MOST)),
         *("--scalellm.frontend.min_workers", "2", "--scalellm.frontend.max_workers", "3"),
         *("--served-model-name", "demo", "--max-model-len", "2048"),
     )
-    log = tmp_path_factory.mktemp("workers") / "server.log"
+    log = folder / "server.log"
     with ExitStack() as stack:
-        started = conftest._start(stack, log, ROOT / "examples" / "demo_model", *options)
+        started = conftest._start(
+            stack, log, ROOT / "examples" / "demo_model", *options, **environment
+        )
         # The first that is up answers the fixture's question.
         until(lambda: serving(started) == 2, "both workers are up")
         yield started
@@ -76,11 +129,13 @@ def until(condition: Callable[[], Any], what: str) -> Any:
     return found
 
 
-def running(server: Any) -> int:
-    """Requests in the engine, as /metrics has them."""
+def running(server: Any, state: str = "running") -> int:
+    """Requests in the engine that are running or waiting, as /metrics has them."""
     with urllib.request.urlopen(server.url + "/metrics", timeout=60) as response:
         text = response.read().decode()
-    return round(max(map(float, re.findall(r"^vllm:num_requests_running\S* (\S+)$", text, re.M))))
+    return round(
+        max(map(float, re.findall(rf"^vllm:num_requests_{state}{{\S* (\S+)$", text, re.M)))
+    )
 
 
 def serving(server: Any) -> int:
@@ -165,6 +220,153 @@ def test_the_death_of_a_worker_is_nobody_elses(server: Any) -> None:
     for hammer in hammers:
         hammer.stop_after(5)
     assert [hammer.errors for hammer in hammers] == [[]] * 8
+
+
+def place(server: Any) -> Place:
+    """The server, for connections of `places`."""
+    return Place(None, server.log, int(server.url.rpartition(":")[2]))  # type: ignore[arg-type]
+
+
+REPLACED_S, STALLED_S = 2.0, 0.5
+
+
+def test_a_worker_is_replaced_within_two_seconds_and_others_streams_do_not_stall(
+    server: Any,
+) -> None:
+    """From the kill until its successor accepts; a stream gets a token every 21 ms meanwhile.
+
+    One of three tries must be in time: the machine may be busy with something else, and then
+    the fork, which takes 0.7 s of a core, takes longer.
+    """
+    tries = []
+    for _ in range(3):
+        if tries:
+            time.sleep(CrashLoop().settled_after_s)  # sooner it would be a crash loop, and wait
+        streams = [places.Stream(place(server), LONG) for _ in range(4)]
+        for stream in streams:
+            assert stream.first.wait(LIMIT_S)
+        before, up = workers(server), serving(server)
+        killed = time.monotonic()
+        os.kill(before[1], signal.SIGKILL)
+        until(lambda up=up: serving(server) > up, "a worker came up in its place")
+        came = time.monotonic()
+        until(lambda: running(server) < 4, "the dead worker's requests are aborted")
+        alive = [stream for stream in streams if stream.is_alive()]
+        assert alive, "the other worker had a stream"
+        times = [[killed, *[t for t in stream.times if t > killed]] for stream in alive]
+        for stream in alive:
+            counts = [event["usage"]["completion_tokens"] for event in stream.events]
+            assert counts == sorted(set(counts)), "no token came twice"
+            stream.connection.leave("FIN")
+        until(lambda: running(server) == 0, "clients left")
+        stalls = [after - before for ticks in times for before, after in pairwise(ticks)]
+        tries.append((came - killed, max(stalls)))
+        if tries[-1] < (REPLACED_S, STALLED_S) and max(stalls) < STALLED_S:
+            return
+    raise AssertionError(f"replaced after, longest stall: {tries} s")
+
+
+# Clients that leave
+
+FULL = {"logprobs": 1}
+"""Makes a request one that only vLLM's own code serves."""
+
+KINDS: dict[str, dict[str, Any]] = {
+    "streamed": {"stream": True},
+    "in one piece": {},
+    "streamed by vLLM": {"stream": True, **FULL},
+    "in one piece by vLLM": FULL,
+}
+NOTICED_S, TRIES = 0.1, 5
+"""One of five tries must be in time: a machine that is busy wakes three processes late."""
+
+
+class Engine:
+    """What the engine has noted."""
+
+    def __init__(self, server: Any) -> None:
+        self.path = server.log.with_name("notes")
+        self.all_free = max(self.notes("free"), key=lambda note: int(note[1]))[1]
+
+    def notes(self, what: str) -> list[tuple[float, str]]:
+        """(when, which), in the order of time."""
+        text = self.path.read_text()
+        lines = [line.split() for line in text[: text.rfind("\n") + 1].splitlines()]
+        return [(float(when), which) for when, kind, which in lines if kind == what]
+
+    def came(self) -> set[str]:
+        return {name for _, name in self.notes("came")}
+
+    def noted(self, what: str, which: str, since: float) -> float:
+        """Wait for a note; return how long after `since` it was made."""
+        (found, *_) = until(
+            lambda: [at for at, name in self.notes(what) if name == which and at >= since],
+            f"{what} {which}",
+        )
+        return float(found) - since
+
+
+@pytest.fixture
+def engine(server: Any) -> Engine:
+    until(lambda: running(server) == 0, "nothing is running")
+    complete(server, 1)
+    return Engine(server)
+
+
+def asked(server: Any, engine: Engine, kind: str) -> tuple[Connection, str]:
+    """Send a request; return its connection, and its name in the engine."""
+    known = engine.came()
+    connection = Connection(place(server))
+    body = json.dumps(completion(LONG, **KINDS[kind]))
+    connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+    (name,) = until(lambda: engine.came() - known, "the engine has it")
+    return connection, name
+
+
+@pytest.mark.parametrize("how", ["FIN", "RST"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_client_that_leaves_is_noticed_within_100_ms(
+    server: Any, engine: Engine, kind: str, how: str
+) -> None:
+    """From its close until the engine has aborted the request and freed its KV blocks, which it
+    does when the step that may still write to them is over: 21 ms of the bound."""
+    tries = []
+    for _ in range(TRIES):
+        connection, name = asked(server, engine, kind)
+        until(lambda: running(server) == 1, "it is running")
+        left = connection.leave(how)
+        aborted = engine.noted("aborted", name, left)
+        tries.append((aborted, engine.noted("free", engine.all_free, left)))
+        if max(tries[-1]) < NOTICED_S:
+            return
+    raise AssertionError(f"aborted, free after: {tries} s")
+
+
+def test_a_client_that_leaves_the_queue_is_noticed_within_100_ms(
+    server: Any, engine: Engine
+) -> None:
+    """Of every kind: its request has no KV blocks and no output yet."""
+    fillers = [places.Stream(place(server), LONG) for _ in range(MOST)]
+    for filler in fillers:
+        assert filler.first.wait(LIMIT_S)
+    until(lambda: running(server) == MOST, "the engine is full")
+    late = {}
+    for kind in KINDS:
+        for how in ("FIN", "RST"):
+            tries: list[float] = []
+            while len(tries) < TRIES and not (tries and min(tries) < NOTICED_S):
+                connection, name = asked(server, engine, kind)
+                until(lambda: running(server, "waiting") == 1, "it is queued")
+                left = connection.leave(how)
+                tries.append(engine.noted("aborted", name, left))
+                until(lambda: running(server, "waiting") == 0, "the queue is empty")
+            if min(tries) >= NOTICED_S:
+                late[kind, how] = tries
+    assert not late
+    assert running(server) == MOST, "it was queued all the time"
+    for filler in fillers:
+        filler.connection.leave("FIN")
+    until(lambda: running(server) == 0, "all are gone")
 
 
 class Hammer(threading.Thread):
