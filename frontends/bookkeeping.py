@@ -4,8 +4,9 @@ vLLM's loggers are called for every message of the engine, with some 25 operatio
 and eleven more for every finished request. The code is not slow, it is cold: between two messages
 other processes have had the caches, and the same lines cost 3-6 times what they cost in a loop
 (`benchmarks/lane_cost.py --cold`). So statistics add up in one `IterationStats` and the loggers see
-it every `EVERY_S`. Only what is counted per step is still counted per step: the histogram of tokens
-per iteration, and what depends on the moment (`iteration_timestamp`).
+it every `EVERY_S`, and when the engine has nothing more to do: an answer may tell how busy it is
+(`endpoint-load-metrics-format`). Only what is counted per step is still counted per step: the
+histogram of tokens per iteration, and what depends on the moment (`iteration_timestamp`).
 
 Where a logger is not vLLM's own, or there are several engines, every message is recorded as ever.
 """
@@ -73,7 +74,7 @@ class Bookkeeper:
         self._scheduler: Any = None
         self._seen = 0
         self._engine = 0
-        self._due = False
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def batching(self) -> bool:
@@ -114,17 +115,16 @@ class Bookkeeper:
         elif scheduler is not None:
             self._scheduler = scheduler
         self._engine = engine
-        if scheduler is not None and not (scheduler.num_running_reqs or scheduler.num_waiting_reqs):
-            # Nothing runs any more: whoever looks next (vLLM itself does, for the header
-            # `endpoint-load-metrics`) sees that, and there is nothing to save.
+        if scheduler is not None and not scheduler.num_running_reqs:
             self.flush()
-        elif not self._due:
-            self._due = True
-            asyncio.get_running_loop().call_later(EVERY_S, self.flush)
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(EVERY_S, self.flush)
 
     def flush(self) -> None:
         """Have everything recorded that waits."""
-        self._due = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         scheduler, self._scheduler = self._scheduler, None
         iteration, self._iteration = self._iteration, None
         if scheduler is not None or iteration is not None:
