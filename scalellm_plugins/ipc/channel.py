@@ -7,12 +7,13 @@ it: nothing is copied, and it lives as long as somebody holds a view of it.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import socket
 import struct
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from scalellm_plugins.errors import ScaleLLMError
@@ -20,13 +21,21 @@ from scalellm_plugins.errors import ScaleLLMError
 from . import memory, peers, ring
 
 SEGMENT = 0x8000
-"""Flag of a record's kind: the payload is the size (u64) of the segment that holds the message."""
+"""Flag of a record's kind: the payload is the size of the segment that holds the message, and the
+number (u64 both) that its descriptor carries. A sender that was interrupted between passing the
+descriptor and publishing the record leaves one that nobody asks for."""
+
+MAX_KIND = SEGMENT - 2
+"""One more is the ring's filler."""
 
 MOST_SEGMENTS = 64
 """Segments under way at a time: their descriptors wait in a socket's queue."""
 
 _ALIGNMENT = 64
-_SIZE = struct.Struct("<Q")
+"""Of frames but the first, in a segment; in a ring it is 8."""
+
+_WORD = struct.Struct("<Q")
+_PLACE = struct.Struct("<QQ")
 
 Buffer = Any
 """bytes, bytearray, memoryview, array: anything with the buffer protocol, contiguous."""
@@ -46,7 +55,11 @@ class Message(NamedTuple):
 
 class Channel:
     """One end of a connection to a peer. Not thread-safe, except that one thread may send while
-    another receives.
+    another receives. Owns the peer from the beginning.
+
+    Raises:
+        RingCorrupted: the shared memory was used before.
+        OSError: no address space or descriptor. The peer is closed then.
     """
 
     def __init__(self, peer: peers.Peer) -> None:
@@ -54,16 +67,23 @@ class Channel:
         self.dead = False
         """Set by whoever watches `peer.pidfd`."""
         wake = ring.signal(peer.wake)
-        sending, receiving = (
-            memory.attach(fd, ring.size_of(size))
-            for fd, size in zip((peer.sending, peer.receiving), peer.sizes, strict=True)
-        )
-        self.producer = ring.Producer(sending, wake)
-        self.consumer = ring.Consumer(receiving, wake)
+        try:
+            sending, receiving = (
+                memory.attach(fd, ring.size_of(size))
+                for fd, size in zip((peer.sending, peer.receiving), peer.sizes, strict=True)
+            )
+            self.producer = ring.Producer(sending, wake)
+            self.consumer = ring.Consumer(receiving, wake)
+        except BaseException:
+            peer.close()
+            raise
         self.large = self.producer.capacity // 8
         """Messages of more bytes go in segments."""
         self._backlog: deque[tuple[int, list[Buffer]]] = deque()
         self._segments: deque[int] = deque()
+        """Where the records of segments under way end."""
+        self._passed = 0
+        """Number of the last descriptor."""
 
     @property
     def backlog(self) -> int:
@@ -71,12 +91,22 @@ class Channel:
         return len(self._backlog)
 
     def put(self, kind: int, frames: Sequence[Buffer]) -> None:
-        """Send a message, now or, in its turn, when there is room (`flush`). Never blocks."""
+        """Send a message, now or, in its turn, when there is room (`flush`). Never blocks.
+
+        Until then the frames are kept, not copied.
+
+        Raises:
+            OSError: see `send`; the message is not sent.
+        """
         if self._backlog or not self.send(kind, frames):
             self._backlog.append((kind, list(frames)))
 
     def flush(self) -> bool:
-        """Send what waits for room; whether nothing waits any more."""
+        """Send what waits for room; whether nothing waits any more.
+
+        Raises:
+            OSError: see `send`; the message still waits.
+        """
         while self._backlog:
             if not self.send(*self._backlog[0]):
                 return False
@@ -86,9 +116,15 @@ class Channel:
     def send(self, kind: int, frames: Sequence[Buffer]) -> bool:
         """Send a message; False when there is no room, and the peer will wake this end.
 
+        Args:
+            kind: 0 to `MAX_KIND`.
+            frames: of the message, any number, of any size.
+
         Raises:
-            OSError: no memory or descriptor for a segment.
+            OSError: no memory or descriptor for a segment. Nothing was sent.
+            RingCorrupted: the peer's position is impossible.
         """
+        assert kind <= MAX_KIND, kind
         sizes = [memoryview(frame).nbytes for frame in frames]
         total, places = _layout(sizes)
         if total > self.large:
@@ -103,40 +139,57 @@ class Channel:
     def _send_segment(
         self, kind: int, frames: Sequence[Buffer], sizes: list[int], total: int, places: list[int]
     ) -> bool:
-        if self._segments:
-            released = self.producer.released
-            while self._segments and self._segments[0] <= released:
-                self._segments.popleft()
-            if len(self._segments) >= MOST_SEGMENTS:
-                self.producer.ask_for_room()
-                if self._segments[0] > self.producer.released:
-                    return False
-        view = self.producer.reserve(_SIZE.size)
+        if len(self._segments) >= MOST_SEGMENTS and not self._fewer_segments():
+            return False
+        view = self.producer.reserve(_PLACE.size)
         if view is None:
             return False
         fd = memory.create(total, "scalellm-segment")
         try:
-            with mmap.mmap(fd, total) as mapped, memoryview(mapped) as whole:
-                _fill(whole, frames, sizes, places)
-            socket.send_fds(self.peer.socket, [b"\0"], [fd])
-        except BlockingIOError:
-            self.producer.ask_for_room()
-            return False
+            _write(fd, frames, sizes, places)
+            if not self._pass(fd):
+                return False
         except (BrokenPipeError, ConnectionResetError):
             return True  # nobody is there to read it
         finally:
             os.close(fd)
-        _SIZE.pack_into(view, 0, total)
+        _PLACE.pack_into(view, 0, total, self._passed)
         self.producer.publish(kind | SEGMENT)
         self._segments.append(self.producer.position)
         return True
+
+    def _fewer_segments(self) -> bool:
+        """Forget segments that the peer has taken; where there are none, have it wake this end."""
+        segments = self._segments
+        for asked in (False, True):
+            if asked:
+                self.producer.ask_for_room()
+            released = self.producer.released
+            while segments and segments[0] <= released:
+                segments.popleft()
+            if len(segments) < MOST_SEGMENTS:
+                return True
+        return False
+
+    def _pass(self, fd: int) -> bool:
+        """Pass a descriptor to the peer; False where the socket is full: it will wake this end."""
+        self._passed += 1
+        said = [_WORD.pack(self._passed)]
+        for asked in (False, True):
+            if asked:
+                self.producer.ask_for_room()
+            with contextlib.suppress(BlockingIOError):
+                socket.send_fds(self.peer.socket, said, [fd])
+                return True
+        return False
 
     def receive(self) -> Message | None:
         """Return the next message, or None when there is none.
 
         Raises:
             RingCorrupted: the ring is unusable.
-            MessageCorrupted: a segment is not what its record says.
+            MessageCorrupted: a segment is not what its record says, or cannot be mapped; the
+                channel is unusable.
         """
         record = self.consumer.read()
         if record is None:
@@ -145,19 +198,36 @@ class Channel:
             return Message(record.kind, record.data, True)
         kind = record.kind & ~SEGMENT
         try:
-            (size,) = _SIZE.unpack(record.data)
-            _, fds, _, _ = socket.recv_fds(self.peer.socket, 1, 1, socket.MSG_CMSG_CLOEXEC)
-        except (struct.error, OSError) as error:
-            raise MessageCorrupted(f"segment of message kind {kind}: {error}") from None
-        if len(fds) != 1:
-            raise MessageCorrupted(f"segment of message kind {kind}: no descriptor came with it")
-        try:
-            mapped = memory.attach(fds[0], size)
-        except memory.SegmentError as error:
-            raise MessageCorrupted(f"segment of message kind {kind}: {error}") from None
-        finally:
-            os.close(fds[0])
+            mapped = self._map(record.data)
+        except (struct.error, OSError, memory.SegmentError) as error:
+            raise MessageCorrupted(
+                f"segment of a message of kind {kind}, record that ends at {record.end}: {error}"
+            ) from None
         return Message(kind, memoryview(mapped), False)
+
+    def _map(self, record: memoryview) -> mmap.mmap:
+        size, number = _PLACE.unpack(record)
+        while True:
+            said, fds = self._next_descriptor()
+            try:
+                if not fds:
+                    raise OSError("no descriptor came with it (too many open in this process?)")
+                (found,) = _WORD.unpack(said)
+                if found > number:
+                    raise OSError(f"its descriptor, number {number}, is gone; the next is {found}")
+                if found == number:
+                    return memory.attach(fds[0], size)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+
+    def _next_descriptor(self) -> tuple[bytes, list[int]]:
+        what = (self.peer.socket, _WORD.size, 1, socket.MSG_CMSG_CLOEXEC)
+        with contextlib.suppress(ConnectionResetError):
+            return socket.recv_fds(*what)[:2]
+        # The peer has ended with descriptors of ours unread. The kernel says so once, before it
+        # gives out those that the peer sent.
+        return socket.recv_fds(*what)[:2]
 
     def release(self) -> None:
         """Give back the ring's memory of all messages received."""
@@ -179,21 +249,24 @@ def frames_of(message: Message) -> list[memoryview]:
     """
     data = message.data
     try:
-        (count,) = _SIZE.unpack_from(data, 0)
-        if count > len(data) // 8:
-            raise MessageCorrupted(f"message of {len(data)} bytes says {count} frames")
-        sizes = [_SIZE.unpack_from(data, 8 + 8 * number)[0] for number in range(count)]
+        (count,) = _WORD.unpack_from(data, 0)
+        sizes = struct.unpack_from(f"<{count}Q", data, 8) if count <= len(data) >> 3 else None
     except struct.error as error:
-        raise MessageCorrupted(f"message of {len(data)} bytes: {error}") from None
+        raise _corrupted(message, str(error)) from None
+    if sizes is None:
+        raise _corrupted(message, f"says it has {count} frames")
     total, places = _layout(sizes)
     if total > len(data):
-        raise MessageCorrupted(f"message of {len(data)} bytes says it has {total}: {sizes[:8]}")
+        raise _corrupted(message, f"says it has {total}, frames of {sizes[:8]}")
     return [data[place : place + size] for place, size in zip(places, sizes, strict=True)]
 
 
-def _layout(sizes: Iterable[int]) -> tuple[int, list[int]]:
+def _corrupted(message: Message, why: str) -> MessageCorrupted:
+    return MessageCorrupted(f"message of kind {message.kind}, {len(message.data)} bytes: {why}")
+
+
+def _layout(sizes: Sequence[int]) -> tuple[int, list[int]]:
     """Bytes of a message and where its frames begin: number of frames, sizes, frames."""
-    sizes = list(sizes)
     end = 8 + 8 * len(sizes)
     places = []
     for number, size in enumerate(sizes):
@@ -209,3 +282,13 @@ def _fill(view: memoryview, frames: Sequence[Buffer], sizes: list[int], places: 
     for frame, size, place in zip(frames, sizes, places, strict=True):
         if size:
             view[place : place + size] = memoryview(frame).cast("B")
+
+
+def _write(fd: int, frames: Sequence[Buffer], sizes: list[int], places: list[int]) -> None:
+    """As `_fill`, without a mapping: its page faults cost twice as much as the copy."""
+    head = struct.pack(f"<{1 + len(sizes)}Q", len(sizes), *sizes)
+    parts = zip((head, *frames), (len(head), *sizes), (0, *places), strict=True)
+    for part, size, place in parts:
+        done = 0
+        while done < size:  # a write takes at most 2 GiB
+            done += os.pwrite(fd, memoryview(part).cast("B")[done:], place + done)

@@ -22,12 +22,14 @@ class SegmentError(ScaleLLMError):
 def create(size: int, name: str = "scalellm-ipc") -> int:
     """Return the descriptor of `size` bytes of zeroed shared memory. `name` shows in /proc only.
 
+    All of it is allocated now: a page that is not there when it is touched would kill the process.
+
     Raises:
         OSError: the kernel gives no memory or descriptor.
     """
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.ftruncate(fd, size)
+        os.posix_fallocate(fd, 0, size)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZE_SEALS)
     except BaseException:
         os.close(fd)
@@ -36,18 +38,21 @@ def create(size: int, name: str = "scalellm-ipc") -> int:
 
 
 def attach(fd: int, size: int) -> mmap.mmap:
-    """Map shared memory that `create` made, here or in a peer; the descriptor is not needed then.
+    """Map shared memory that `create` made, here or in a peer.
+
+    The descriptor is not needed then; Python keeps a duplicate until the mapping is closed.
 
     Raises:
         SegmentError: it has another size, or its size could still change: touching a page that was
             cut off would kill this process (SIGBUS).
+        OSError: the kernel gives no address space or descriptor.
     """
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError as error:
         raise SegmentError(f"descriptor {fd} is not a memfd: {error}") from None
     actual = os.fstat(fd).st_size
-    if not seals & fcntl.F_SEAL_SHRINK or actual != size:
+    if not seals & fcntl.F_SEAL_SHRINK or actual != size or not size:
         raise SegmentError(
             f"shared memory of {actual} bytes (seals {seals:#x}), expected {size} bytes that "
             "cannot shrink"

@@ -11,6 +11,7 @@ Only processes of the same user get in: the kernel tells who connected (SO_PEERC
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import socket
@@ -75,10 +76,12 @@ class Peer:
     """Eventfd by which this end wakes the other."""
 
     def close(self) -> None:
-        """Close every descriptor."""
+        """Close every descriptor; nothing when that is done."""
         self.socket.close()
         for fd in (self.pidfd, self.sending, self.receiving, self.wake):
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
+        self.pidfd = self.sending = self.receiving = self.wake = -1
 
 
 def name_of(address: str, engine_index: int) -> bytes:
@@ -113,7 +116,7 @@ def accept(listener: socket.socket, client_index: int, engine_index: int) -> Pee
         engine_index: this engine's.
 
     Raises:
-        PeerError: it is not a frontend that this engine can serve. It was told why.
+        PeerError: it is not a frontend that this engine can serve. One of this user was told why.
         OSError: it went away, or said nothing in time.
     """
     sock, _ = listener.accept()
@@ -121,12 +124,14 @@ def accept(listener: socket.socket, client_index: int, engine_index: int) -> Pee
     try:
         sock.settimeout(TIMEOUT_S)
         pid = _check_user(sock)
-        data, fds = _receive(sock, 3)
-        hello = _decode(data, Hello)
-        problem = _problem(hello, fds, client_index)
-        if problem:
-            _send(sock, Welcome(VERSION, engine_index, problem), [])
-            raise PeerError(f"frontend {client_index} (pid {pid}): {problem}")
+        try:
+            data, fds = _receive(sock, 3)
+            hello = _decode(data, Hello)
+            _check_hello(hello, fds, client_index)
+        except PeerError as error:
+            with contextlib.suppress(OSError):
+                _send(sock, Welcome(VERSION, engine_index, str(error)), [])
+            raise PeerError(f"frontend {client_index} (process {pid}): {error}") from None
         pidfd = os.pidfd_open(pid)
     except BaseException:
         _close(fds)
@@ -165,50 +170,57 @@ def connect(
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     fds: list[int] = []
-    taken: list[int] = []
     try:
         sock.settimeout(TIMEOUT_S)
         try:
             sock.connect(name_of(address, engine_index))
-        except (ConnectionRefusedError, FileNotFoundError):
+        except ConnectionRefusedError:
             sock.close()
             return None
         pid = _check_user(sock)
-        fds = []
+        # Before its answer, which shows that it lived until then: no later process has its number.
+        fds.append(os.pidfd_open(pid))
         for size in sizes:
             fds.append(memory.create(ring.size_of(size)))
-        _send(sock, Hello(VERSION, client_index, *sizes), [*fds, wake])
+        _send(sock, Hello(VERSION, client_index, *sizes), [*fds[1:], wake])
         data, taken = _receive(sock, 1)
-        answer = _decode(data, Welcome)
-        if answer.refused or answer.version != VERSION or len(taken) != 1:
-            raise PeerError(
-                f"engine {engine_index}: "
-                + (answer.refused or f"speaks version {answer.version}, not {VERSION}")
-            )
-        pidfd = os.pidfd_open(pid)
+        fds += taken
+        try:
+            _check_welcome(_decode(data, Welcome), len(taken), engine_index)
+        except PeerError as error:
+            raise PeerError(f"engine {engine_index} (process {pid}): {error}") from None
     except BaseException:
         _close(fds)
-        _close(taken)
         sock.close()
         raise
     sock.setblocking(False)
-    sending, receiving = fds
-    return Peer(engine_index, pid, pidfd, sock, sending, receiving, sizes, taken[0])
+    pidfd, sending, receiving, eventfd = fds
+    return Peer(engine_index, pid, pidfd, sock, sending, receiving, sizes, eventfd)
 
 
-def _problem(hello: Hello, fds: list[int], client_index: int) -> str | None:
+def _check_hello(hello: Hello, fds: list[int], client_index: int) -> None:
     if hello.version != VERSION:
-        return f"speaks version {hello.version}, this engine {VERSION}"
+        raise PeerError(f"speaks version {hello.version}, this engine {VERSION}")
     if hello.client_index != client_index:
-        return f"says that it is frontend {hello.client_index}"
+        raise PeerError(f"says that it is frontend {hello.client_index}")
     if len(fds) != 3:
-        return f"sent {len(fds)} descriptors, not 3"
+        raise PeerError(f"sent {len(fds)} descriptors, not 3")
     for fd, size in zip(fds, (hello.to_engine, hello.to_frontend), strict=False):
         try:
             memory.attach(fd, ring.size_of(size)).close()
         except (ScaleLLMError, ValueError, OSError) as error:
-            return str(error)
-    return None
+            raise PeerError(str(error)) from None
+
+
+def _check_welcome(answer: Welcome, descriptors: int, engine_index: int) -> None:
+    if answer.refused is not None:
+        raise PeerError(f"refused: {answer.refused}")
+    if answer.version != VERSION:
+        raise PeerError(f"speaks version {answer.version}, this frontend {VERSION}")
+    if answer.engine_index != engine_index:
+        raise PeerError(f"says that it is engine {answer.engine_index}")
+    if descriptors != 1:
+        raise PeerError(f"sent {descriptors} descriptors, not 1")
 
 
 def _check_user(sock: socket.socket) -> int:
