@@ -71,6 +71,7 @@ def pair() -> Iterator[Pair]:
         made = Pair(parts.Engine([address]), client, address)
         yield made
         made.close()
+        made.engine.rings.close()
 
 
 async def until(true: Callable[[], object], limit_s: float = LIMIT_S) -> None:
@@ -158,6 +159,7 @@ def test_a_frontend_that_connects_while_the_engine_sleeps_is_heard() -> None:
         assert got
         assert got[0][1][0].request_id == "late"
         rings.close()
+    engine.rings.close()
 
 
 def test_others_wake_a_sleeping_engine(pair: Pair) -> None:
@@ -190,9 +192,11 @@ one_output = st.fixed_dictionaries(
 )
 
 
-def made(name: str, drawn: dict[str, Any]) -> EngineCoreOutput:
+def made(name: str, drawn: dict[str, Any], first: bool) -> EngineCoreOutput:
     values = dict(drawn)
     ids = values.pop("ids")
+    if not first:
+        values.pop("prefill_stats", None)
     values |= values.pop("end", {})
     if name in "ab":
         values["new_logprobs"] = LogprobsLists(
@@ -227,9 +231,15 @@ def test_every_output_arrives_once_and_as_it_was(steps: list[dict[str, dict[str,
             reader = asyncio.get_running_loop().create_future()
             merged.start(reader)  # type: ignore[arg-type]
             alive = set("abcdefgh")
+            begun: set[str] = set()
             pair.admit(*sorted(alive))
             for number, drawn in enumerate(steps):
-                step = {name: made(name, one) for name, one in drawn.items() if name in alive}
+                step = {
+                    name: made(name, one, name not in begun)
+                    for name, one in drawn.items()
+                    if name in alive
+                }
+                begun |= {name for name, one in drawn.items() if one["ids"]}
                 given_out = outputs(*step.values(), scheduler_stats=SchedulerStats())
                 expected = {name: plainly(output) for name, output in step.items()}
                 given_out.timestamp = float(number + 1)
@@ -243,6 +253,7 @@ def test_every_output_arrives_once_and_as_it_was(steps: list[dict[str, dict[str,
             assert merged._queue.empty()
             reader.set_result(None)
             pair.close()
+            pair.engine.rings.close()
 
     asyncio.run(run())
 
@@ -356,6 +367,7 @@ async def test_a_frontend_that_hangs_up_has_its_requests_aborted_and_leaves_noth
     assert sorted(names) == ["a", "b"]
     engine.give(outputs(token("a", 1)))
     await until(lambda: len(fds()) <= before)
+    engine.rings.close()
 
 
 async def test_a_successor_does_not_get_what_was_meant_for_the_dead() -> None:
@@ -380,6 +392,7 @@ async def test_a_successor_does_not_get_what_was_meant_for_the_dead() -> None:
         first.close()
         assert await asyncio.to_thread(engine.input_queue.get) == (ABORT, ["old"])
         second.close()
+    engine.rings.close()
 
 
 async def test_a_dead_engine_is_told_after_its_last_outputs() -> None:
@@ -410,3 +423,37 @@ async def test_a_dead_engine_is_told_after_its_last_outputs() -> None:
         rings.close()
     for fd in (reader, writer):
         os.close(fd)
+
+
+async def test_a_frontend_that_breaks_its_ring_costs_nobody_else_anything(pair: Pair) -> None:
+    """What a process does to its own shared memory must not end the engine."""
+    pair.start()
+    pair.admit("a")
+    memory = pair.rings._reading[0].channel.consumer
+    memory._words[16] = 2**63  # the reader's position: ring.py
+    big = "x" * 200
+    for number in range(FROM_ENGINE // 100):
+        pair.engine.give(outputs(token("a", number, number, stop_reason=big)))
+    assert (ABORT, ["a"]) in pair.engine.take()
+    pair.engine.give(outputs(token("b", 1)))
+    assert pair.engine.upstream.get_nowait()[0] == 0, "by vLLM's sockets from now on"
+
+
+async def test_a_message_waits_where_there_is_no_descriptor_for_it(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scalellm_plugins.ipc import memory
+
+    real = memory.create
+
+    def none_left(*_: Any) -> int:
+        raise OSError(24, "Too many open files")
+
+    pair.start()
+    pair.admit("a")
+    monkeypatch.setattr(memory, "create", none_left)
+    pair.engine.give(outputs(token("a", *range(300_000))))
+    monkeypatch.setattr(memory, "create", real)
+    pair.engine.take()
+    await until(lambda: pair.seen.outputs)
+    assert pair.seen.outputs[0].outputs[0].new_token_ids == list(range(300_000))

@@ -12,6 +12,7 @@ token are kept.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,9 +21,12 @@ from typing import Any
 import msgspec
 
 from scalellm_plugins import messages
+from scalellm_plugins.errors import ScaleLLMError
 from scalellm_plugins.ipc.channel import Channel
 
 from .holding import STATS_S, only_gauges
+
+logger = logging.getLogger("vllm.scalellm")
 
 SPARED = ("finish_reason", "stop_reason")
 """Fields of an output that change from step to step, and are looked at every time; so are events
@@ -48,6 +52,7 @@ class Frontend:
         self._stats_sent = 0.0
         self._last_slots: list[int] = []
         self._waiting: deque[tuple[int, Any]] = deque()
+        self._warned = False
 
     def admit(self, request_id: str, slot: int, columns: bool) -> None:
         """Note a request. `columns`: its outputs may go as columns, if they turn out plain."""
@@ -122,10 +127,10 @@ class Frontend:
         slots, tokens = [], []
         for output, known in zip(outputs, found, strict=True):
             slot = known
-            if known <= _UNSEEN and output.prefill_stats is None:
+            new = output.new_token_ids
+            if known <= _UNSEEN and output.prefill_stats is None and new:
                 slot = _UNSEEN - known if _is_plain(output) else messages.NO_SLOT
                 self.slots[output.request_id] = slot
-            new = output.new_token_ids
             if slot < 0 or len(new) != 1:
                 others.append(output)
             else:
@@ -194,6 +199,20 @@ class Frontend:
         channel = self.channel
         if channel.dead:
             return True
+        try:
+            return self._write_to(channel, kind, content)
+        except OSError as error:  # no memory or descriptor for a segment: perhaps later
+            if not self._warned:
+                self._warned = True
+                logger.warning("a message waits: %s", error)
+            return False
+        except ScaleLLMError:
+            logger.exception("frontend %d is cut off", channel.peer.index)
+            channel.dead = True  # the inbox aborts its requests
+            return True
+
+    @staticmethod
+    def _write_to(channel: Channel, kind: int, content: Any) -> bool:
         if kind != messages.STEP:
             return channel.send(kind, content)
         if len(content) > channel.large:

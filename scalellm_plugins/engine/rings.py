@@ -8,6 +8,7 @@ that do not connect here, for the data-parallel coordinator and for the engine's
 from __future__ import annotations
 
 import logging
+import os
 import select
 import socket
 import threading
@@ -33,6 +34,9 @@ class Rings:
         self._index = int(engine.engine_index)
         self._poll = select.epoll()
         self._actions: dict[int, Callable[[], None]] = {}
+        self._listeners: list[socket.socket] = []
+        self._running = True
+        self._end = os.eventfd(0, os.EFD_CLOEXEC)
         self._addresses = list(addresses)
         from vllm.v1.serial_utils import MsgpackEncoder
 
@@ -47,18 +51,33 @@ class Rings:
         """
         for client_index, address in enumerate(self._addresses):
             listener = peers.listen(address, self._index)
+            self._listeners.append(listener)
             accept = partial(self._accept, listener, client_index)
             self._on(listener.fileno(), select.EPOLLIN, accept)
         self._engine.output_queue = self.outbox
         self._engine.input_queue = self.inbox
-        threading.Thread(target=self._watch, name="scalellm-ipc", daemon=True).start()
+        self._on(self._end, select.EPOLLIN, self._finish)
+        self._thread = threading.Thread(target=self._watch, name="scalellm-ipc", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Let nobody connect any more. Who is connected stays so until the process ends."""
+        os.eventfd_write(self._end, 1)
+        self._thread.join()
+
+    def _finish(self) -> None:
+        self._running = False
+        for listener in self._listeners:
+            listener.close()
+        self._poll.close()
+        os.close(self._end)
 
     def _on(self, fd: int, events: int, action: Callable[[], None]) -> None:
         self._actions[fd] = action
         self._poll.register(fd, events)
 
     def _watch(self) -> None:
-        while True:
+        while self._running:
             for fd, _ in self._poll.poll():
                 action = self._actions.get(fd)  # None: gone with an event before it
                 try:
