@@ -8,7 +8,7 @@ from typing import Any
 
 from scalellm_plugins import activation, config
 
-from . import aborts, gate, shared_attach
+from . import aborts, client_errors, gate, shared_attach
 from . import prompts as prompts_module
 from .accounting import Accounting
 from .detokenize import Detokenizer
@@ -67,6 +67,7 @@ class FastLaneEndpoint:
         """Build the lane, where this process has an engine and the feature is on."""
         if engine_client is not None and activation.is_on("frontend"):
             reserve_names(engine_client.input_processor)
+            client_errors.install(engine_client, self._app, state)
             await shared_attach.attach(engine_client, self._app, state)
             gate.attach(engine_client, self._app, state, args)
             await attach(engine_client, self._app, state, args)

@@ -19,6 +19,7 @@ from scalellm_plugins.engine.holding import COUNTS
 
 from .accounting import Accounting
 from .answers import Answer, StreamedAnswer, WholeAnswer
+from .client_errors import unfit
 from .detokenize import Detokenizer
 from .engine_rings import Columns
 from .headers import HeaderReader
@@ -200,14 +201,14 @@ class Lane:
             self.link.add(request, answer)
         except Exception as error:
             self._forget(answer)
-            answer.put(error)
+            answer.put(unfit(error))
 
     async def _send_by_vllm(self, answer: Answer, request: Any) -> None:
         try:
             await self.engine_client.engine_core.add_request_async(request)
         except Exception as error:
             self._forget(answer)
-            answer.put(error)
+            answer.put(unfit(error))
 
     def _spawn(self, work: Any) -> None:
         task = self.loop.create_task(work)

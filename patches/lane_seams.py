@@ -273,4 +273,43 @@ FAST_LANE = (
             ),
         ),
     ),
+    Seam(
+        name="client_errors",
+        feature="frontend",
+        why="bad requests that vLLM answers with 500, or not at all, get 400 and are forgotten",
+        targets=(
+            Target(
+                module="vllm.entrypoints.serve.exception_handling.register",
+                qualname="init_exception_handler",
+                parameters=("app",),
+                is_async=False,
+            ),
+            Target(
+                module=_LLM,
+                qualname="AsyncLLM.add_request",
+                parameters=("request_id", "prompt", "params"),
+                is_async=True,
+                calls=("self._add_request",),
+            ),
+            Target(
+                module=_LLM,
+                qualname="AsyncLLM._add_request",
+                parameters=("request", "prompt", "parent_req", "index", "queue"),
+                is_async=True,
+                calls=("self.output_processor.add_request", "self.engine_core.add_request_async"),
+            ),
+            Target(
+                module="vllm.entrypoints.openai.responses.serving",
+                qualname="OpenAIServingResponses.create_responses",
+                parameters=("request", "raw_request"),
+                is_async=True,
+            ),
+            Target(
+                module="vllm.entrypoints.openai.responses.api_router",
+                qualname="_convert_stream_to_sse_events",
+                parameters=("generator",),
+                calls=("event.model_dump_json",),
+            ),
+        ),
+    ),
 )
