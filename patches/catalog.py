@@ -182,10 +182,31 @@ PATCHES: tuple[Patch, ...] = (
                 is_async=True,
                 vllm=">=0.32",
             ),
+            # Handles signals before the server's first step, so that the worker can do so instead.
+            Target(
+                module=_LAUNCHER,
+                qualname="serve_http",
+                is_async=True,
+                calls=("server.serve", "loop.add_signal_handler"),
+                reads=("app.state.engine_client",),
+            ),
+            Target(
+                module="vllm.v1.engine.async_llm",
+                qualname="AsyncLLM.abort",
+                parameters=("request_id", "internal"),
+                is_async=True,
+            ),
+            Target(
+                module="vllm.config.vllm",
+                qualname="VllmConfig",
+                kind="class",
+                members=("shutdown_timeout",),
+            ),
         ),
         why="nothing says when an API server accepts connections, and nothing makes it stop "
         "without ending them",
-        how="the server's startup, once done, hands the server to the worker",
+        how="the server's startup, once done, hands the server to the worker, which handles "
+        "signals from then on",
         when="worker",
         remove_when="vLLM has a hook for a started server",
     ),
