@@ -355,8 +355,10 @@ class Lock:
 
     def __init__(self, released: Callable[[], None]) -> None:
         self._lock = _thread.allocate_lock()
-        self.acquire = self._lock.acquire
         self._released = released
+
+    def acquire(self) -> None:
+        assert self._lock.acquire(timeout=10), "somebody else has it"
 
     def release(self) -> None:
         self._lock.release()
