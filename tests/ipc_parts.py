@@ -5,19 +5,27 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import select
 import socket
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from scalellm_plugins.ipc import memory, peers, ring
-from scalellm_plugins.ipc.channel import Channel
+from scalellm_plugins.ipc.channel import Channel, frames_of
+from scalellm_plugins.ipc.peers import VERSION, Hello
 
 FULL = os.environ.get("SCALELLM_STRESS") == "full"
 """Whether proofs run at their full size (`make stress`)."""
 
 SMALL = 4096
 """The smallest ring, in bytes: it is full, and at its end, all the time."""
+
+CLIENT, ENGINE = 3, 5
 
 
 @dataclass
@@ -72,6 +80,15 @@ def connected(capacity: int = SMALL) -> Iterator[tuple[End, End]]:
             os.close(end.eventfd)
 
 
+def received(end: End, most: int = 10**6) -> list[tuple[int, list[bytes]]]:
+    """Take so many messages, by default all that are there."""
+    found = []
+    while len(found) < most and (message := end.channel.receive()) is not None:
+        found.append((message.kind, [bytes(frame) for frame in frames_of(message)]))
+        end.channel.release()
+    return found
+
+
 def open_descriptors() -> list[str]:
     """What this process has open, sorted; sockets and pipes without their numbers."""
     found = []
@@ -82,7 +99,64 @@ def open_descriptors() -> list[str]:
 
 
 def shared_memory() -> list[str]:
-    """Mappings of our shared memory in this process, and files in /dev/shm."""
+    """Mappings of our shared memory in this process, and files of ours, which there never are."""
     lines = Path("/proc/self/maps").read_text().splitlines()
-    ours = [line for line in lines if "memfd:scalellm" in line]
-    return ours + sorted(os.listdir("/dev/shm"))
+    files = sorted(os.listdir("/dev/shm"))
+    return [line for line in (*lines, *files) if "scalellm" in line and ".so" not in line]
+
+
+@contextlib.contextmanager
+def leaving_nothing() -> Iterator[None]:
+    """Nothing more is open or mapped after the block than before it."""
+    before, mapped = Counter(open_descriptors()), shared_memory()
+    yield
+    assert not Counter(open_descriptors()) - before
+    assert shared_memory() == mapped
+
+
+# Handshakes, step by step
+
+
+@contextlib.contextmanager
+def listening(address: str) -> Iterator[socket.socket]:
+    listener = peers.listen(address, ENGINE)
+    try:
+        yield listener
+    finally:
+        listener.close()
+
+
+def accept(listener: socket.socket, client_index: int = CLIENT) -> peers.Peer:
+    select.select([listener], [], [], 30)
+    return peers.accept(listener, client_index, ENGINE)
+
+
+def ring_memory(size: int = SMALL) -> int:
+    return memory.create(ring.size_of(size))
+
+
+def hello(**changes: Any) -> bytes:
+    said = Hello(VERSION, CLIENT, SMALL, SMALL)
+    return msgspec.msgpack.encode(msgspec.structs.replace(said, **changes))
+
+
+def event() -> int:
+    return os.eventfd(0)
+
+
+GOOD = [ring_memory, ring_memory, event]
+
+
+@contextlib.contextmanager
+def stranger(address: str) -> Iterator[socket.socket]:
+    """Something that connects to an engine."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.connect(peers.name_of(address, ENGINE))
+        yield sock
+
+
+def send(sock: socket.socket, data: bytes, make: list[Callable[[], int]]) -> None:
+    fds = [function() for function in make]
+    socket.send_fds(sock, [data], fds)
+    for fd in fds:
+        os.close(fd)

@@ -222,12 +222,11 @@ class Channel:
                     os.close(fd)
 
     def _next_descriptor(self) -> tuple[bytes, list[int]]:
-        what = (self.peer.socket, _WORD.size, 1, socket.MSG_CMSG_CLOEXEC)
         with contextlib.suppress(ConnectionResetError):
-            return socket.recv_fds(*what)[:2]
+            return peers.receive(self.peer.socket, _WORD.size, 1)[:2]
         # The peer has ended with descriptors of ours unread. The kernel says so once, before it
         # gives out those that the peer sent.
-        return socket.recv_fds(*what)[:2]
+        return peers.receive(self.peer.socket, _WORD.size, 1)[:2]
 
     def release(self) -> None:
         """Give back the ring's memory of all messages received."""

@@ -16,6 +16,7 @@ import hashlib
 import os
 import socket
 import struct
+from array import array
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -183,9 +184,9 @@ def connect(
         for size in sizes:
             fds.append(memory.create(ring.size_of(size)))
         _send(sock, Hello(VERSION, client_index, *sizes), [*fds[1:], wake])
-        data, taken = _receive(sock, 1)
-        fds += taken
         try:
+            data, taken = _receive(sock, 1)
+            fds += taken
             _check_welcome(_decode(data, Welcome), len(taken), engine_index)
         except PeerError as error:
             raise PeerError(f"engine {engine_index} (process {pid}): {error}") from None
@@ -239,8 +240,24 @@ def _send(sock: socket.socket, message: msgspec.Struct, fds: list[int]) -> None:
     socket.send_fds(sock, [msgspec.msgpack.encode(message)], fds)
 
 
+def receive(sock: socket.socket, size: int, most: int) -> tuple[bytes, list[int], int]:
+    """Receive up to `size` bytes and `most` descriptors, and flags that say if there was more.
+
+    Unlike `socket.recv_fds`, which takes flags and ignores them, it keeps the descriptors from
+    programs that this process starts.
+    """
+    fds = array("i")
+    data, ancillary, flags, _ = sock.recvmsg(
+        size, socket.CMSG_LEN(most * fds.itemsize), socket.MSG_CMSG_CLOEXEC
+    )
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(content)
+    return data, list(fds), flags
+
+
 def _receive(sock: socket.socket, most: int) -> tuple[bytes, list[int]]:
-    data, fds, flags, _ = socket.recv_fds(sock, _MOST_BYTES, most, socket.MSG_CMSG_CLOEXEC)
+    data, fds, flags = receive(sock, _MOST_BYTES, most)
     if not data or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         _close(fds)
         raise PeerError("the other end hung up" if not data else "the other end sent too much")
