@@ -249,19 +249,17 @@ def frames_of(message: Message) -> list[memoryview]:
     data = message.data
     try:
         (count,) = _WORD.unpack_from(data, 0)
-        sizes = struct.unpack_from(f"<{count}Q", data, 8) if count <= len(data) >> 3 else None
+        sizes = struct.unpack_from(f"<{count}Q", data, 8)
     except struct.error as error:
-        raise _corrupted(message, str(error)) from None
-    if sizes is None:
-        raise _corrupted(message, f"says it has {count} frames")
+        raise MessageCorrupted(f"{_named(message)}: number of frames: {error}") from None
     total, places = _layout(sizes)
     if total > len(data):
-        raise _corrupted(message, f"says it has {total}, frames of {sizes[:8]}")
+        raise MessageCorrupted(f"{_named(message)}: frames of {sizes[:8]} would take {total}")
     return [data[place : place + size] for place, size in zip(places, sizes, strict=True)]
 
 
-def _corrupted(message: Message, why: str) -> MessageCorrupted:
-    return MessageCorrupted(f"message of kind {message.kind}, {len(message.data)} bytes: {why}")
+def _named(message: Message) -> str:
+    return f"message of kind {message.kind}, {len(message.data)} bytes"
 
 
 def _layout(sizes: Sequence[int]) -> tuple[int, list[int]]:
