@@ -78,9 +78,20 @@ def install_handlers(app: Any) -> None:
     for kind in _TRIPS:
         if kind not in app.exception_handlers:
             app.add_exception_handler(kind, handle)
-    if app.middleware_stack is not None:
-        # A part of vLLM for SageMaker has built it already. Nothing is served yet.
-        app.middleware_stack = app.build_middleware_stack()
+            _add_to_built(app.middleware_stack, kind, handle)
+
+
+def _add_to_built(layer: Any, kind: type[Exception], handle: Any) -> None:
+    """Where a part of vLLM (for SageMaker) has built the middlewares already.
+
+    Not built anew: some of them (HTTP metrics) register what they count once per process.
+    """
+    from starlette.middleware.exceptions import ExceptionMiddleware
+
+    while layer is not None:
+        if isinstance(layer, ExceptionMiddleware):
+            layer.add_exception_handler(kind, handle)
+        layer = getattr(layer, "app", None)
 
 
 def complaint(error: Exception) -> str | None:
