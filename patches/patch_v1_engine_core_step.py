@@ -15,7 +15,7 @@ def apply() -> None:
     """Sift the outputs of each step between the scheduler and the output queue."""
     from vllm.v1.engine import core
 
-    from scalellm_plugins.engine.holding import TAKE_KEPT, TokenHolder, only_gauges
+    from scalellm_plugins.engine.holding import TAKE_KEPT, TokenHolder, can_wait
 
     engine = core.EngineCore
     step, step_with_batch_queue = engine.step, engine.step_with_batch_queue
@@ -30,13 +30,13 @@ def apply() -> None:
     def holding_step(self: Any) -> Any:
         outputs, executed = step(self)
         if outputs:
-            holder_of(self).filter(outputs, only_gauges)
+            holder_of(self).filter(outputs, can_wait)
         return outputs, executed
 
     def holding_step_with_batch_queue(self: Any) -> Any:
         outputs, executed = step_with_batch_queue(self)
         if outputs:
-            holder_of(self).filter(outputs, only_gauges)
+            holder_of(self).filter(outputs, can_wait)
         return outputs, executed
 
     def noting_add_request(self: Any, request: Any, request_wave: int = 0) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from scalellm_plugins.engine.holding import HOLD, TokenHolder, only_gauges
+from scalellm_plugins.engine.holding import HOLD, TokenHolder, can_wait
 from scalellm_plugins.frontends import probes
 
 from .lane_parts import ARRIVAL, CHAT, Bench, Peer
@@ -130,7 +130,7 @@ class Run:
         message = EngineCoreOutputs(outputs=outputs, timestamp=timestamp, scheduler_stats=stats)
         self.upstream.deliver(wired(message))
         held = {0: wired(message)}
-        self.holder.filter(held, only_gauges)
+        self.holder.filter(held, can_wait)
         if 0 in held:
             self.bench.deliver(wired(held[0]))
 

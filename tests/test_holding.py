@@ -18,6 +18,7 @@ from scalellm_plugins.engine.holding import (
     RELEASE_S,
     STATS_S,
     TokenHolder,
+    can_wait,
     only_gauges,
 )
 
@@ -371,3 +372,21 @@ def test_statistics_with_counters_are_told_from_gauges() -> None:
             stats = SchedulerStats()
             setattr(stats, name, [object()])
             assert not only_gauges(stats), name
+
+
+@pytest.mark.vllm
+def test_the_last_gauges_before_the_engine_sleeps_are_always_sent() -> None:
+    """Otherwise an aborted request counts as running until there is another."""
+    pytest.importorskip("vllm")
+    from vllm.v1.metrics.stats import SchedulerStats
+
+    holder = TokenHolder()
+    holder.add(request("a", 0))
+    for at, running in ((10.0, 1), (10.01, 1), (10.02, 0)):
+        outputs = [Output("a", [1])] if running else []
+        if not running:
+            holder.forget(["a"])
+        step = {0: Message(outputs, at, scheduler_stats=SchedulerStats(num_running_reqs=running))}
+        holder.filter(step, can_wait)
+    assert step[0].scheduler_stats.num_running_reqs == 0
+    assert can_wait(SchedulerStats(num_waiting_reqs=1))

@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequestType, FinishReason
 from vllm.v1.engine.core import EngineCoreProc
 
-from scalellm_plugins.engine.holding import COUNTS, HOLD, KEPT, TAKE_KEPT, TokenHolder, only_gauges
+from scalellm_plugins.engine.holding import COUNTS, HOLD, KEPT, TAKE_KEPT, TokenHolder, can_wait
 from scalellm_plugins.patches import registry
 from scalellm_plugins.patches.catalog import PATCHES
 
@@ -58,7 +58,7 @@ class Engine:
         """What is sent to client 3 of a step with a token for each of these."""
         outputs = [EngineCoreOutput(name, [int(at * 100)]) for name in names]
         made = {3: EngineCoreOutputs(outputs=outputs, timestamp=at)}
-        self.holder.filter(made, only_gauges)
+        self.holder.filter(made, can_wait)
         return made.get(3)
 
     def sent(self) -> list[tuple[int, Any]]:

