@@ -15,7 +15,7 @@ BIN = $(VENV)/bin
 SETUP = $(PYTHON) tools/setup_env.py --vllm $(VLLM) --venv $(VENV) $(if $(CPU),--cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup environment wheels serve test test-all bench lint format types doctor lock \
+.PHONY: help setup environment wheels serve test test-all stress bench lint format types doctor lock \
         clean distclean
 
 help: ## this list
@@ -45,6 +45,9 @@ test: environment wheels ## all tests: TESTS="tests/test_x.py", PYTEST_ARGS="-x 
 test-all: ## all tests on every version of vLLM that has a lock file
 	@set -e; for version in $(VERSIONS); do \
 	    echo "== vLLM $$version"; $(MAKE) --no-print-directory test VLLM=$$version; done
+
+stress: environment ## proofs of shared memory at full size: 10 million records, 5,000 kills; minutes
+	SCALELLM_STRESS=full $(BIN)/python -m pytest -s tests/test_ring_processes.py tests/test_ipc_fuzz.py $(PYTEST_ARGS)
 
 bench: environment ## compare with plain vLLM: ARGS="options of scalellm bench compare"
 	$(BIN)/scalellm bench compare $(ARGS)

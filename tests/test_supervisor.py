@@ -253,7 +253,8 @@ def test_signals_add_and_retire_within_the_bounds(start: Any) -> None:
     harness.signal(signal.SIGTTIN)
     second = harness.up(1)
     assert set(second) == {1}
-    harness.signal(signal.SIGTTOU)
+    while not harness.reports.poll(0.1):  # to be retired, it must be known to serve
+        harness.signal(signal.SIGTTOU)
     index, pid, what, _ = harness.report()
     assert (index, pid, what) == (1, second[1], "Retire")
     assert _gone(second[1])
