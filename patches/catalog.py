@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .catalog_ipc import IPC
+from .catalog_scheduler import SCHEDULER_PATCHES
 from .catalog_shared import SHARED
 from .contracts import Target
 from .entries import Patch, When
@@ -212,6 +213,7 @@ PATCHES: tuple[Patch, ...] = (
     ),
     *SHARED,
     *IPC,
+    *SCHEDULER_PATCHES,
     Patch(
         name="engine_abort_client",
         feature="frontend",

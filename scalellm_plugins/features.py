@@ -46,8 +46,8 @@ FEATURES: dict[str, Feature] = {
         Feature("ipc", "shared-memory columns between frontends and the engine", "partial"),
         Feature(
             "scheduler",
-            "a lean decode step; fair, deadline and preemptive-priority policies",
-            "planned",
+            "a lean decode step, the same schedule for a sixth of the CPU; policies are to come",
+            "partial",
         ),
         Feature(
             "quantization",

@@ -28,6 +28,7 @@ class Engine:
     """What `Rings` uses of vLLM's `EngineCoreProc`."""
 
     engine_index = 0
+    scheduler = SimpleNamespace(sends_columns=False)
 
     def __init__(self, addresses: list[str]) -> None:
         self.input_queue: Any = queue.Queue()

@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .plain import whole
+
 HOLD = "scalellm_hold"
 """In `sampling_params.extra_args`: send every so many tokens; 0: only at the end."""
 
@@ -117,7 +119,7 @@ class TokenHolder:
             outputs = step[client]
             now = outputs.timestamp
             if outputs.outputs:
-                outputs.outputs = self._sift(client, outputs.outputs, now)
+                outputs.outputs = self._sift(client, whole(outputs.outputs), now)
             stats = outputs.scheduler_stats
             if not (outputs.outputs or outputs.finished_requests or outputs.utility_output) and (
                 stats is None or (now - self._stats_sent < STATS_S and droppable(stats))

@@ -56,6 +56,7 @@ class Rings:
             self._on(listener.fileno(), select.EPOLLIN, accept)
         self._engine.output_queue = self.outbox
         self._engine.input_queue = self.inbox
+        self._engine.scheduler.sends_columns = True  # the lean step's; vLLM's does not look
         self._on(self._end, select.EPOLLIN, self._finish)
         self._thread = threading.Thread(target=self._watch, name="scalellm-ipc", daemon=True)
         self._thread.start()

@@ -1,0 +1,1 @@
+"""What runs inside the engine's scheduler. Needs vLLM; imported by it alone."""

@@ -1,0 +1,390 @@
+"""A decode step in a few passes: vLLM's scheduler, which handles only what is not plain decoding.
+
+vLLM's `schedule()` and `update_from_output()` treat every request as if anything could have
+happened to it: 12 µs per running request and step. Of nearly all of them only this is true: one
+more token, in a block that is there, and it does not end. Here one loop does that for the longest
+prefix of `running` that it is true for, with the same changes to requests and blocks, and what is
+left goes to vLLM's own code: `schedule()` sees the rest of `running` and what waits, with what is
+left of the budgets; `update_from_output()` sees the requests that may end or have more to say than
+a token. So policies, limits, preemption, prefixes and whatever a release adds stay vLLM's.
+
+Why the prefix may be taken away: vLLM goes through `running` in order, and preempts from its end
+up to the request that needs a block. A request of the prefix that finds no block ends the prefix.
+
+Follows `vllm/v1/core/sched/scheduler.py` and `async_scheduler.py`; held to them step by step by
+`tests/test_lean_lockstep.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from math import gcd
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.request import RequestStatus
+
+from scalellm_plugins.engine.plain import PlainOutputs
+
+logger = logging.getLogger("vllm.scalellm")
+
+_RUNNING = RequestStatus.RUNNING
+_NEVER = 1 << 62
+
+
+class _Plan:
+    """What does not change about a request, as far as a plain step looks at it."""
+
+    __slots__ = ("id", "known", "last", "output", "silent", "stops", "structured", "uncached")
+
+    def __init__(self, request: Any, uncached: int) -> None:
+        self.id = request.request_id
+        self.known = request._all_token_ids
+        self.output = request._output_token_ids
+        self.last = request.num_prompt_tokens + request.max_tokens
+        """With so many tokens it ends, if the model's length does not end it before."""
+        params = request.sampling_params
+        self.stops = {params.eos_token_id, *(params.stop_token_ids or ())}
+        self.structured = request.use_structured_output
+        self.silent = not (
+            self.structured
+            or params.num_logprobs is not None
+            or params.prompt_logprobs is not None
+            or getattr(params, "repetition_detection", None) is not None
+            or request.trace_headers is not None
+            or getattr(request, "spec_decode_metrics", None) is not None
+        )
+        """Whether its outputs are tokens and nothing else, until it ends."""
+        self.uncached = uncached
+        """With so many computed tokens, a block more can be found by others."""
+
+
+def plan_of(request: Any, uncached: int) -> _Plan | None:
+    """A request's plan; None for one that is never decoded plainly."""
+    if request.sampling_params is None or request.mm_features or request.resumable:
+        return None
+    if request.prompt_embeds is not None:
+        return None
+    return _Plan(request, uncached)
+
+
+class LeanScheduler(Scheduler):  # type: ignore[misc]
+    """See the module. This one is for synchronous scheduling."""
+
+    sends_columns = False
+    """Whether `EngineCoreOutputs.outputs` may be `PlainOutputs`: whoever takes them knows."""
+
+    running: list[Any]
+    scheduler_config: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._async = isinstance(self, AsyncScheduler)
+        self._reason = obstacle(self)
+        self._hidden = 0
+        """Running requests that vLLM's `schedule()` does not see at the moment."""
+        self._steps: dict[int, tuple[Any, list[Any], dict[str, int]]] = {}
+        """id of a `SchedulerOutput` → itself, requests that it has plainly, vLLM's share of it."""
+        if self._reason:
+            logger.info("scheduler: the lean step is off: %s", self._reason)
+            return
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        self._blocks = gcd(*(manager.block_size for manager in managers))
+        self._hash_block = gcd(self._blocks, getattr(self, "hash_block_size", self._blocks))
+        self._managers = tuple(manager for manager in managers if manager.enable_caching)
+        # vLLM's code reads budgets from there; its own copy, so that nobody else sees them change.
+        self.scheduler_config = copy.copy(self.scheduler_config)
+
+    # Requests
+
+    def add_request(self, request: Any) -> None:
+        request.scalellm_plan = None
+        if not self._reason:
+            uncached = 0 if self._managers else _NEVER
+            request.scalellm_plan = plan_of(request, uncached)
+        super().add_request(request)
+
+    def get_request_counts(self) -> tuple[int, int]:
+        running, waiting = super().get_request_counts()
+        return running + self._hidden, waiting
+
+    # Before the model
+
+    def schedule(self, throttle_prefills: bool = False) -> Any:
+        if self._reason or throttle_prefills or not self._fits_now():
+            return super().schedule(throttle_prefills)
+        running = self.running
+        number, requests, lists, flags = self._take_prefix(running)
+        if not requests:
+            return super().schedule(throttle_prefills)
+        used = len(requests)
+        missing = () if self.use_v2_model_runner else self._new_to_worker(lists[0])
+        config = self.scheduler_config
+        limits = [
+            (self, "max_num_scheduled_tokens", used),
+            (config, "max_num_batched_tokens", used),
+            (self, "max_num_running_reqs", number),
+        ]
+        if hasattr(self, "max_num_active_reqs"):
+            limits.append((self, "max_num_active_reqs", number))
+        before = [getattr(owner, name) for owner, name, _ in limits]
+        prefix = running[:number]
+        self.running = running[number:]
+        self._hidden = number
+        try:
+            for (owner, name, less), value in zip(limits, before, strict=True):
+                owner.__dict__[name] = value - less
+            output = super().schedule(throttle_prefills)
+        finally:
+            for (owner, name, _), value in zip(limits, before, strict=True):
+                owner.__dict__[name] = value
+            self._hidden = 0
+            self.running = prefix + self.running
+        self._put_in(output, requests, lists, flags, missing)
+        return output
+
+    def _fits_now(self) -> bool:
+        """Whether vLLM's code does the same with a part of the running requests, in this step."""
+        config = self.scheduler_config
+        if self.pause_state is PauseState.PAUSED_ALL or config.long_prefill_token_threshold:
+            return False  # nothing runs; a limit depends on how much is left of the budget
+        if self.policy is not SchedulingPolicy.PRIORITY:
+            return True
+        # It may preempt any of them: only if nothing has to be preempted.
+        need = len(self.running) + config.max_num_batched_tokens // self._blocks
+        return bool(self.kv_cache_manager.block_pool.get_num_free_blocks() >= need)
+
+    def _take_prefix(self, running: list[Any]) -> tuple[int, list[Any], Any, Any]:
+        """Schedule the prefix. Returns its length, those that got a token, and their columns."""
+        budget = min(self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens)
+        if self._anchor:
+            running = running[:-1]
+        block = self._blocks
+        cap = self.max_model_len - 1
+        asynchronous = self._async
+        eligible = (
+            self.current_step + 1 + getattr(self, "decode_stagger", 1)
+            if asynchronous and self.use_v2_model_runner
+            else None
+        )
+        allocate = self.kv_cache_manager.allocate_slots
+        requests: list[Any] = []
+        ids: list[str] = []
+        blocks: list[Any] = []
+        computed_tokens: list[int] = []
+        output_tokens: list[int] = []
+        structured = pending = False
+        number = 0
+        for request in running:
+            plan = request.scalellm_plan
+            computed = request.num_computed_tokens
+            waiting = request.num_output_placeholders
+            if plan is None or request.is_prefill_chunk:
+                break
+            known = len(plan.known)
+            if known + waiting - computed != 1 or not budget:
+                break
+            if (waiting and computed + 2 - waiting >= plan.last) or computed >= cap:
+                number += 1
+                continue
+            new = None
+            if not computed % block or known >= plan.uncached:
+                found = allocate(request, 1)
+                if found is None:
+                    break
+                new = found.get_block_ids(allow_none=True)
+                self._note_cached(plan)
+            budget -= 1
+            number += 1
+            requests.append(request)
+            ids.append(plan.id)
+            blocks.append(new)
+            computed_tokens.append(computed)
+            output_tokens.append(len(plan.output) + waiting)
+            request.num_computed_tokens = computed + 1
+            request.num_in_flight_tokens += 1
+            if plan.structured:
+                structured = True
+                pending |= asynchronous and waiting > 0
+            if asynchronous:
+                request.num_output_placeholders = waiting + 1
+                if eligible is not None:
+                    request.next_decode_eligible_step = eligible
+        lists = ids, blocks, computed_tokens, output_tokens
+        return number, requests, lists, (structured, pending)
+
+    @property
+    def _anchor(self) -> bool:
+        """Whether vLLM's code must see a running request: it keeps a watermark of blocks then."""
+        return bool(self.kv_cache_manager.watermark_blocks)
+
+    def _note_cached(self, plan: _Plan) -> None:
+        if self._managers:
+            plan.uncached = min(
+                (manager.num_cached_block.get(plan.id, 0) + 1) * manager.block_size
+                for manager in self._managers
+            )
+
+    def _new_to_worker(self, ids: list[str]) -> list[str]:
+        """Requests that were not in the step before: the worker is told all their tokens."""
+        before = self.prev_step_scheduled_req_ids
+        return [] if before.issuperset(ids) else [id_ for id_ in ids if id_ not in before]
+
+    def _put_in(
+        self, output: Any, requests: list[Any], lists: Any, flags: Any, missing: Sequence[str]
+    ) -> None:
+        """Put the prefix before vLLM's share of a step."""
+        ids, blocks, computed_tokens, output_tokens = lists
+        rest = output.num_scheduled_tokens
+        self._steps[id(output)] = (output, requests, rest)
+        output.num_scheduled_tokens = dict.fromkeys(ids, 1) | rest
+        output.total_num_scheduled_tokens += len(ids)
+        cached = output.scheduled_cached_reqs
+        if not self.use_v2_model_runner:
+            for id_ in missing:
+                cached.all_token_ids[id_] = self.requests[id_].all_token_ids.copy()
+            self.prev_step_scheduled_req_ids.update(ids)
+        cached.req_ids = ids + cached.req_ids
+        cached.new_block_ids = blocks + cached.new_block_ids
+        cached.num_computed_tokens = computed_tokens + cached.num_computed_tokens
+        cached.num_output_tokens = output_tokens + cached.num_output_tokens
+        if output.num_common_prefix_blocks and self.running:
+            # vLLM's code, until 0.31, asks the first that runs, and did not see it.
+            first = self.running[0].request_id
+            output.num_common_prefix_blocks = self.kv_cache_manager.get_num_common_prefix_blocks(
+                first
+            )
+        structured, pending = flags
+        if structured:
+            output.has_structured_output_requests = True
+            if pending:
+                output.pending_structured_output_tokens = True
+
+    # After it
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        step = self._steps.pop(id(scheduler_output), None)
+        if step is None:
+            return super().update_from_output(scheduler_output, model_runner_output)
+        _, requests, rest = step
+        if not model_runner_output.sampled_token_ids or model_runner_output.num_nans_in_logits:
+            return super().update_from_output(scheduler_output, model_runner_output)
+        plain, left = self._apply(requests, model_runner_output)
+        share = copy.copy(scheduler_output)
+        share.num_scheduled_tokens = left | rest if rest else left
+        outputs = super().update_from_output(share, model_runner_output)
+        return self._joined(plain, outputs)
+
+    def _apply(
+        self, requests: list[Any], model_output: Any
+    ) -> tuple[dict[int, Any], dict[str, int]]:
+        """Give requests their tokens. Returns outputs by client, and whom vLLM's code must see."""
+        sampled = model_output.sampled_token_ids
+        row_of = model_output.req_id_to_index
+        asynchronous = self._async
+        longest = self.max_model_len
+        hash_block = self._hash_block
+        plain: dict[int, tuple[list[str], list[int]]] = {}
+        left: dict[str, int] = {}
+        client = -1
+        for request in requests:
+            plan = request.scalellm_plan
+            if (
+                request.status is not _RUNNING
+                or request.num_stale_output_tokens
+                or not plan.silent
+                or request.prefill_stats is not None
+                or request.events
+            ):
+                left[plan.id] = 1
+                continue
+            new = sampled[row_of[plan.id]]
+            known = plan.known
+            number = len(known) + 1
+            if len(new) != 1 or number >= longest or number >= plan.last or new[0] in plan.stops:
+                left[plan.id] = 1
+                continue
+            known += new
+            plan.output += new
+            if not number % hash_block:
+                request.update_block_hashes()
+            request.num_in_flight_tokens -= 1
+            if asynchronous:
+                waiting = request.num_output_placeholders = request.num_output_placeholders - 1
+                computed = request.num_computed_tokens - waiting
+                if computed >= plan.uncached:
+                    self.kv_cache_manager.cache_blocks(request, computed)
+                    self._note_cached(plan)
+            if request.client_index != client:
+                client = request.client_index
+                ids, tokens = plain.setdefault(client, ([], []))
+            ids.append(plan.id)
+            tokens.append(new[0])
+        return plain, left
+
+    def _joined(self, plain: dict[int, Any], outputs: dict[int, Any]) -> dict[int, Any]:
+        """Put plain outputs before vLLM's, and statistics with the first client's, as vLLM does."""
+        if not plain:
+            return outputs
+        stats = None
+        for theirs in outputs.values():
+            if theirs.scheduler_stats is not None:
+                stats, theirs.scheduler_stats = theirs.scheduler_stats, None
+        joined = {}
+        for client, (ids, tokens) in plain.items():
+            theirs = outputs.pop(client, None)
+            if theirs is None:
+                theirs = EngineCoreOutputs()
+            made = PlainOutputs(ids, tokens, theirs.outputs, EngineCoreOutput)
+            theirs.outputs = made if self.sends_columns else made.whole()
+            joined[client] = theirs
+        for client, theirs in outputs.items():
+            if theirs.outputs or theirs.finished_requests is not None:
+                joined[client] = theirs
+        next(iter(joined.values())).scheduler_stats = stats
+        return joined
+
+
+def obstacle(scheduler: Any) -> str:
+    """Why a scheduler cannot take the lean step; empty if it can."""
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    config = scheduler.vllm_config
+    found = {
+        "a KV or encoder-cache connector": scheduler.connector or scheduler.ec_connector,
+        "LoRA": scheduler.lora_config,
+        "speculative decoding": config.speculative_config,
+        "pipeline parallelism": scheduler.parallel_config.pipeline_parallel_size > 1,
+        "an encoder-decoder model": scheduler.is_encoder_decoder,
+        "a KV cache that is not full attention's": any(
+            type(manager) is not FullAttentionManager for manager in managers
+        ),
+        "a model that does not sample one token per step": (
+            getattr(scheduler, "num_sampled_tokens_per_step", 1) != 1
+        ),
+        "outputs beside tokens": (
+            getattr(scheduler, "aux_output_connector", None)
+            or getattr(scheduler, "return_sampling_mask", False)
+            or getattr(scheduler, "is_mm_encoder_only", False)
+        ),
+        "performance metrics per step": scheduler.perf_metrics,
+    }
+    return ", ".join(name for name, value in found.items() if value)
+
+
+class LeanAsyncScheduler(LeanScheduler, AsyncScheduler):  # type: ignore[misc]
+    """The lean step before vLLM's scheduler for asynchronous scheduling."""
+
+
+_LEAN: dict[type, type] = {AsyncScheduler: LeanAsyncScheduler, Scheduler: LeanScheduler}
+
+
+def lean(chosen: type) -> type:
+    """Return the lean form of a scheduler of vLLM's; any other class as it is."""
+    return _LEAN.get(chosen, chosen)
