@@ -20,7 +20,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from math import gcd
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -40,17 +39,51 @@ _NEVER = 1 << 62
 
 
 class _Plan:
-    """What does not change about a request, as far as a plain step looks at it."""
+    """What a plain step must know of a request, so that it need not ask it."""
 
-    __slots__ = ("id", "known", "last", "output", "silent", "stops", "structured", "uncached")
+    __slots__ = (
+        "before",
+        "close",
+        "end",
+        "id",
+        "known",
+        "last",
+        "mark",
+        "output",
+        "plain",
+        "quiet",
+        "silent",
+        "stops",
+        "structured",
+        "uncached",
+    )
 
-    def __init__(self, request: Any, uncached: int) -> None:
+    def __init__(self, request: Any, longest: int, uncached: int) -> None:
         self.id = request.request_id
         self.known = request._all_token_ids
         self.output = request._output_token_ids
-        self.last = request.num_prompt_tokens + request.max_tokens
-        """With so many tokens it ends, if the model's length does not end it before."""
+        self.before = request.num_prompt_tokens - 1
         params = request.sampling_params
+        self.plain = not (
+            params is None
+            or request.mm_features
+            or request.resumable
+            or request.prompt_embeds is not None
+        )
+        """Whether it is ever decoded plainly."""
+        self.close = -1
+        """With so many computed tokens `schedule` looks closely at it; -1: always."""
+        self.mark = 0
+        """With so many known tokens `update_from_output` does; 0: always."""
+        self.quiet = False
+        """Whether its outputs are tokens and nothing else for now, until it ends."""
+        self.uncached = uncached
+        """With so many computed tokens, a block more can be found by others."""
+        if not self.plain:
+            return
+        self.last = request.num_prompt_tokens + request.max_tokens
+        self.end = min(self.last, longest)
+        """With so many tokens it ends."""
         self.stops = {params.eos_token_id, *(params.stop_token_ids or ())}
         self.structured = request.use_structured_output
         self.silent = not (
@@ -61,18 +94,14 @@ class _Plan:
             or request.trace_headers is not None
             or getattr(request, "spec_decode_metrics", None) is not None
         )
-        """Whether its outputs are tokens and nothing else, until it ends."""
-        self.uncached = uncached
-        """With so many computed tokens, a block more can be found by others."""
+
+    def disturb(self) -> None:
+        """Something happened to the request: look at it closely."""
+        self.close, self.mark, self.quiet = -1, 0, False
 
 
-def plan_of(request: Any, uncached: int) -> _Plan | None:
-    """A request's plan; None for one that is never decoded plainly."""
-    if request.sampling_params is None or request.mm_features or request.resumable:
-        return None
-    if request.prompt_embeds is not None:
-        return None
-    return _Plan(request, uncached)
+_STOP, _SKIP = object(), object()
+"""Of a close look: the prefix ends before this request; it gets no token in this step."""
 
 
 class LeanScheduler(Scheduler):  # type: ignore[misc]
@@ -95,21 +124,26 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
         if self._reason:
             logger.info("scheduler: the lean step is off: %s", self._reason)
             return
-        managers = self.kv_cache_manager.coordinator.single_type_managers
-        self._blocks = gcd(*(manager.block_size for manager in managers))
-        self._hash_block = gcd(self._blocks, getattr(self, "hash_block_size", self._blocks))
-        self._managers = tuple(manager for manager in managers if manager.enable_caching)
+        self._coordinator = self.kv_cache_manager.coordinator
+        self._pool = self.kv_cache_manager.block_pool
+        (self._manager,) = self._coordinator.single_type_managers
+        self._blocks = self._manager.block_size
+        self._hash_block = self._pool.hash_block_size
+        self._cacheless = 0 if self._manager.enable_caching else _NEVER
         # vLLM's code reads budgets from there; its own copy, so that nobody else sees them change.
         self.scheduler_config = copy.copy(self.scheduler_config)
 
     # Requests
 
     def add_request(self, request: Any) -> None:
-        request.scalellm_plan = None
         if not self._reason:
-            uncached = 0 if self._managers else _NEVER
-            request.scalellm_plan = plan_of(request, uncached)
+            request.scalellm_plan = _Plan(request, self.max_model_len, self._cacheless)
         super().add_request(request)
+
+    def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        if not self._reason:
+            request.scalellm_plan.disturb()
+        super()._preempt_request(request, *args, **kwargs)
 
     def get_request_counts(self) -> tuple[int, int]:
         running, waiting = super().get_request_counts()
@@ -155,6 +189,8 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
         config = self.scheduler_config
         if self.pause_state is PauseState.PAUSED_ALL or config.long_prefill_token_threshold:
             return False  # nothing runs; a limit depends on how much is left of the budget
+        if len(self.running) > min(self.max_num_scheduled_tokens, config.max_num_batched_tokens):
+            return False
         if self.policy is not SchedulingPolicy.PRIORITY:
             return True
         # It may preempt any of them: only if nothing has to be preempted.
@@ -163,62 +199,76 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
 
     def _take_prefix(self, running: list[Any]) -> tuple[int, list[Any], Any, Any]:
         """Schedule the prefix. Returns its length, those that got a token, and their columns."""
-        budget = min(self.max_num_scheduled_tokens, self.scheduler_config.max_num_batched_tokens)
         if self._anchor:
             running = running[:-1]
-        block = self._blocks
-        cap = self.max_model_len - 1
         asynchronous = self._async
         eligible = (
             self.current_step + 1 + getattr(self, "decode_stagger", 1)
             if asynchronous and self.use_v2_model_runner
             else None
         )
-        allocate = self.kv_cache_manager.allocate_slots
+        skipped = 0
+        structured = pending = False
         requests: list[Any] = []
         ids: list[str] = []
         blocks: list[Any] = []
         computed_tokens: list[int] = []
         output_tokens: list[int] = []
-        structured = pending = False
-        number = 0
         for request in running:
             plan = request.scalellm_plan
             computed = request.num_computed_tokens
-            waiting = request.num_output_placeholders
-            if plan is None or request.is_prefill_chunk:
-                break
-            known = len(plan.known)
-            if known + waiting - computed != 1 or not budget:
-                break
-            if (waiting and computed + 2 - waiting >= plan.last) or computed >= cap:
-                number += 1
-                continue
-            new = None
-            if not computed % block or known >= plan.uncached:
-                found = allocate(request, 1)
-                if found is None:
+            if computed < plan.close:
+                blocks.append(None)
+            else:
+                new = self._look(request, plan, computed)
+                if new is _STOP:
                     break
-                new = found.get_block_ids(allow_none=True)
-                self._note_cached(plan)
-            budget -= 1
-            number += 1
+                if new is _SKIP:
+                    skipped += 1
+                    continue
+                blocks.append(new)
+                if plan.structured:
+                    structured = True
+                    pending |= asynchronous and request.num_output_placeholders > 0
             requests.append(request)
             ids.append(plan.id)
-            blocks.append(new)
             computed_tokens.append(computed)
-            output_tokens.append(len(plan.output) + waiting)
+            output_tokens.append(computed - plan.before)
             request.num_computed_tokens = computed + 1
             request.num_in_flight_tokens += 1
-            if plan.structured:
-                structured = True
-                pending |= asynchronous and waiting > 0
             if asynchronous:
-                request.num_output_placeholders = waiting + 1
+                request.num_output_placeholders += 1
                 if eligible is not None:
                     request.next_decode_eligible_step = eligible
         lists = ids, blocks, computed_tokens, output_tokens
-        return number, requests, lists, (structured, pending)
+        return len(requests) + skipped, requests, lists, (structured, pending)
+
+    def _look(self, request: Any, plan: _Plan, computed: int) -> Any:
+        """Look closely at a request: its new blocks, None if it needs none, `_STOP` or `_SKIP`."""
+        waiting = request.num_output_placeholders
+        known = len(plan.known)
+        if not plan.plain or request.is_prefill_chunk or known + waiting - computed != 1:
+            return _STOP
+        cap = self.max_model_len - 1
+        if (waiting and computed + 2 - waiting >= plan.last) or computed >= cap:
+            return _SKIP
+        new = None
+        size = self._blocks
+        full = known >= plan.uncached
+        if not computed % size:
+            if not self._pool.get_num_free_blocks():
+                return _STOP
+            # `allocate_slots` does this, and much that can be left out for one token more.
+            (blocks,) = self._coordinator.allocate_new_blocks(plan.id, computed + 1, computed + 1)
+            new = ([block.block_id for block in blocks],) if blocks else None
+        if full:
+            self.kv_cache_manager.cache_blocks(request, known)
+            self._note_cached(plan)
+        if not plan.structured:
+            # `known` may be as many as `computed + 1`: none of the above is true before.
+            next_block = computed - computed % size + size
+            plan.close = min(next_block, plan.last - 2, cap, plan.uncached - 1)
+        return new
 
     @property
     def _anchor(self) -> bool:
@@ -226,11 +276,8 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
         return bool(self.kv_cache_manager.watermark_blocks)
 
     def _note_cached(self, plan: _Plan) -> None:
-        if self._managers:
-            plan.uncached = min(
-                (manager.num_cached_block.get(plan.id, 0) + 1) * manager.block_size
-                for manager in self._managers
-            )
+        cached = self._manager.num_cached_block.get(plan.id, 0)
+        plan.uncached = (cached + 1) * self._blocks
 
     def _new_to_worker(self, ids: list[str]) -> list[str]:
         """Requests that were not in the step before: the worker is told all their tokens."""
@@ -289,45 +336,49 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
         sampled = model_output.sampled_token_ids
         row_of = model_output.req_id_to_index
         asynchronous = self._async
-        longest = self.max_model_len
-        hash_block = self._hash_block
         plain: dict[int, tuple[list[str], list[int]]] = {}
         left: dict[str, int] = {}
         client = -1
         for request in requests:
             plan = request.scalellm_plan
-            if (
-                request.status is not _RUNNING
-                or request.num_stale_output_tokens
-                or not plan.silent
-                or request.prefill_stats is not None
-                or request.events
-            ):
-                left[plan.id] = 1
+            id_ = plan.id
+            if request.status is not _RUNNING or not (plan.quiet or _is_quiet(request, plan)):
+                left[id_] = 1
                 continue
-            new = sampled[row_of[plan.id]]
+            new = sampled[row_of[id_]]
             known = plan.known
             number = len(known) + 1
-            if len(new) != 1 or number >= longest or number >= plan.last or new[0] in plan.stops:
-                left[plan.id] = 1
+            if len(new) != 1 or new[0] in plan.stops or number >= plan.end:
+                left[id_] = 1
                 continue
-            known += new
-            plan.output += new
-            if not number % hash_block:
-                request.update_block_hashes()
+            token = new[0]
+            known.append(token)
+            plan.output.append(token)
             request.num_in_flight_tokens -= 1
             if asynchronous:
-                waiting = request.num_output_placeholders = request.num_output_placeholders - 1
-                computed = request.num_computed_tokens - waiting
-                if computed >= plan.uncached:
-                    self.kv_cache_manager.cache_blocks(request, computed)
-                    self._note_cached(plan)
+                request.num_output_placeholders -= 1
+            if number >= plan.mark:
+                self._note_blocks(request, plan, number)
             if request.client_index != client:
                 client = request.client_index
                 ids, tokens = plain.setdefault(client, ([], []))
-            ids.append(plan.id)
-            tokens.append(new[0])
+            ids.append(id_)
+            tokens.append(token)
         return plain, left
+
+    def _note_blocks(self, request: Any, plan: _Plan, number: int) -> None:
+        """Hash and cache what a request has filled with its token of that number."""
+        block = self._hash_block
+        if not number % block:
+            request.update_block_hashes()
+        plan.mark = number - number % block + block
+        if self._async:
+            computed = request.num_computed_tokens - request.num_output_placeholders
+            if computed >= plan.uncached:
+                self.kv_cache_manager.cache_blocks(request, computed)
+                self._note_cached(plan)
+            # `computed` is less than `number`: nothing to cache before.
+            plan.mark = min(plan.mark, plan.uncached + 1)
 
     def _joined(self, plain: dict[int, Any], outputs: dict[int, Any]) -> dict[int, Any]:
         """Put plain outputs before vLLM's, and statistics with the first client's, as vLLM does."""
@@ -352,6 +403,16 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
         return joined
 
 
+def _is_quiet(request: Any, plan: _Plan) -> bool:
+    plan.quiet = (
+        plan.silent
+        and request.prefill_stats is None
+        and not request.events
+        and not request.num_stale_output_tokens
+    )
+    return plan.quiet
+
+
 def obstacle(scheduler: Any) -> str:
     """Why a scheduler cannot take the lean step; empty if it can."""
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
@@ -362,8 +423,8 @@ def obstacle(scheduler: Any) -> str:
         "speculative decoding": config.speculative_config,
         "pipeline parallelism": scheduler.parallel_config.pipeline_parallel_size > 1,
         "an encoder-decoder model": scheduler.is_encoder_decoder,
-        "a KV cache that is not full attention's": any(
-            type(manager) is not FullAttentionManager for manager in managers
+        "a KV cache that is not full attention's alone": (
+            [type(manager) for manager in managers] != [FullAttentionManager]
         ),
         "a model that does not sample one token per step": (
             getattr(scheduler, "num_sampled_tokens_per_step", 1) != 1
