@@ -57,6 +57,12 @@ class Engine:
         """What the main loop does after a step."""
         self.output_queue.put_nowait((client, outputs))
 
+    def close(self) -> None:
+        """Its process ends."""
+        self.rings.close()
+        for one in self.rings.inbox._connected:
+            one.channel.close()
+
     def take(self) -> list[tuple[Any, Any]]:
         """What the main loop does before a step."""
         items = []

@@ -30,6 +30,7 @@ from vllm.v1.metrics.stats import PrefillStats, SchedulerStats
 from vllm.v1.outputs import LogprobsLists
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
 
+from scalellm_plugins.engine.plain import PlainOutputs
 from scalellm_plugins.frontends.engine_rings import FROM_ENGINE, EngineRings
 from scalellm_plugins.frontends.merged_socket import MergedSocket
 
@@ -71,7 +72,7 @@ def pair() -> Iterator[Pair]:
         made = Pair(parts.Engine([address]), client, address)
         yield made
         made.close()
-        made.engine.rings.close()
+        made.engine.close()
 
 
 async def until(true: Callable[[], object], limit_s: float = LIMIT_S) -> None:
@@ -159,7 +160,7 @@ def test_a_frontend_that_connects_while_the_engine_sleeps_is_heard() -> None:
         assert got
         assert got[0][1][0].request_id == "late"
         rings.close()
-    engine.rings.close()
+    engine.close()
 
 
 def test_others_wake_a_sleeping_engine(pair: Pair) -> None:
@@ -212,16 +213,38 @@ def plainly(output: EngineCoreOutput) -> Any:
     return MsgpackDecoder().decode(MsgpackEncoder().encode(output))
 
 
+def leanly(step: dict[str, EngineCoreOutput], begun: set[str]) -> PlainOutputs | None:
+    """A step's outputs as the lean step hands them over; None if none of them is plain."""
+    plain = {
+        name: output
+        for name, output in step.items()
+        if name in begun
+        and len(output.new_token_ids) == 1
+        and output == EngineCoreOutput(name, output.new_token_ids)
+    }
+    if not plain:
+        return None
+    tokens = [output.new_token_ids[0] for output in plain.values()]
+    others = [output for name, output in step.items() if name not in plain]
+    return PlainOutputs(list(plain), tokens, others, EngineCoreOutput)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
         st.dictionaries(st.sampled_from("abcdefgh"), one_output, max_size=8),
         min_size=1,
         max_size=8,
-    )
+    ),
+    st.sampled_from([set(), {0, 1, 2, 3, 4, 5, 6, 7}, {1, 2, 5}]),
 )
-def test_every_output_arrives_once_and_as_it_was(steps: list[dict[str, dict[str, Any]]]) -> None:
-    """Differential: by columns, general records and vLLM's task, against what was handed over."""
+def test_every_output_arrives_once_and_as_it_was(
+    steps: list[dict[str, dict[str, Any]]], lean: set[int]
+) -> None:
+    """Differential: by columns, general records and vLLM's task, against what was handed over.
+
+    `lean`: numbers of steps that come from the lean step.
+    """
 
     async def run() -> None:
         (address,) = parts.addresses()
@@ -239,9 +262,11 @@ def test_every_output_arrives_once_and_as_it_was(steps: list[dict[str, dict[str,
                     for name, one in drawn.items()
                     if name in alive
                 }
-                begun |= {name for name, one in drawn.items() if one["ids"]}
                 given_out = outputs(*step.values(), scheduler_stats=SchedulerStats())
                 expected = {name: plainly(output) for name, output in step.items()}
+                if number in lean and (by_column := leanly(step, begun)) is not None:
+                    given_out.outputs = by_column  # type: ignore[assignment]
+                begun |= {name for name, one in drawn.items() if one["ids"]}
                 given_out.timestamp = float(number + 1)
                 pair.engine.give(given_out)
                 alive -= {name for name, one in drawn.items() if "end" in one}
@@ -253,7 +278,7 @@ def test_every_output_arrives_once_and_as_it_was(steps: list[dict[str, dict[str,
             assert merged._queue.empty()
             reader.set_result(None)
             pair.close()
-            pair.engine.rings.close()
+            pair.engine.close()
 
     asyncio.run(run())
 
@@ -267,6 +292,40 @@ async def test_steady_steps_are_columns_and_nothing_else(pair: Pair) -> None:
     step, general = pair.seen.steps[-1]
     assert (step.receivers, step.tokens, general) == (["a", "b"], [4, 14], None)
     assert not pair.seen.outputs
+
+
+async def test_the_lean_steps_columns_go_as_they_are(pair: Pair) -> None:
+    """No object is made of them; what columns cannot say yet goes with them."""
+
+    def make(*_: Any) -> Any:
+        raise AssertionError("an object for a token")
+
+    pair.start()
+    pair.admit("a", "b")
+    pair.engine.give(outputs(token("a", 1), token("b", 2)))
+    for number in range(3):
+        step = outputs()
+        step.outputs = PlainOutputs(["a", "b"], [number, number + 10], [], make)  # type: ignore[assignment]
+        pair.engine.give(step)
+    await until(lambda: len(pair.seen.steps) == 4)
+    pair.admit("c")
+    step = outputs()
+    first = token("c", 5, prefill_stats=PrefillStats())
+    step.outputs = PlainOutputs(["a", "b"], [3, 13], [first], make)  # type: ignore[assignment]
+    pair.engine.give(step)
+    await until(lambda: len(pair.seen.steps) == 5)
+    assert [step.tokens for step, _ in pair.seen.steps[1:]] == [[0, 10], [1, 11], [2, 12], [3, 13]]
+    assert {tuple(step.receivers) for step, _ in pair.seen.steps} == {("a", "b")}
+    assert pair.seen.steps[-1][1].outputs[0].request_id == "c"
+
+
+def test_without_a_ring_the_lean_steps_columns_are_vllms_outputs(pair: Pair) -> None:
+    step = outputs()
+    step.outputs = PlainOutputs(["a"], [3], [token("b", 1, 2)], EngineCoreOutput)  # type: ignore[assignment]
+    pair.engine.give(step, client=1)
+    ((client, sent),) = [pair.engine.upstream.get_nowait()]
+    assert client == 1
+    assert sent.outputs == [token("a", 3), token("b", 1, 2)]
 
 
 async def test_a_request_that_ended_gets_no_more_tokens(pair: Pair) -> None:
@@ -367,7 +426,7 @@ async def test_a_frontend_that_hangs_up_has_its_requests_aborted_and_leaves_noth
     assert sorted(names) == ["a", "b"]
     engine.give(outputs(token("a", 1)))
     await until(lambda: len(fds()) <= before)
-    engine.rings.close()
+    engine.close()
 
 
 async def test_a_successor_does_not_get_what_was_meant_for_the_dead() -> None:
@@ -392,7 +451,7 @@ async def test_a_successor_does_not_get_what_was_meant_for_the_dead() -> None:
         first.close()
         assert await asyncio.to_thread(engine.input_queue.get) == (ABORT, ["old"])
         second.close()
-    engine.rings.close()
+    engine.close()
 
 
 async def test_a_dead_engine_is_told_after_its_last_outputs() -> None:
