@@ -15,7 +15,7 @@ BIN = $(VENV)/bin
 SETUP = $(PYTHON) tools/setup_env.py --vllm $(VLLM) --venv $(VENV) $(if $(CPU),--cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup environment wheels serve test test-all stress bench lint format types doctor lock \
+.PHONY: help setup environment wheels serve test test-all test-modes stress bench lint format types doctor lock \
         clean distclean
 
 help: ## this list
@@ -45,6 +45,15 @@ test: environment wheels ## all tests: TESTS="tests/test_x.py", PYTEST_ARGS="-x 
 test-all: ## all tests on every version of vLLM that has a lock file
 	@set -e; for version in $(VERSIONS); do \
 	    echo "== vLLM $$version"; $(MAKE) --no-print-directory test VLLM=$$version; done
+
+# Frontend, shared memory and scheduler switched off in turn, and vLLM's own API servers.
+MODES = "--scalellm.ipc off" "--scalellm.scheduler off" "--scalellm.frontend off" \
+    "--scalellm.frontend off --api-server-count 3"
+
+test-modes: environment ## the API tests with features off, and under vLLM's own API servers
+	@set -e; for mode in $(MODES); do echo "== $$mode"; \
+	    SCALELLM_TEST_OPTIONS="$$mode" $(BIN)/python -m pytest \
+	    tests/test_differential.py tests/test_clients.py $(PYTEST_ARGS); done
 
 stress: environment ## proofs of shared memory at full size: 10 million records, 5,000 kills; minutes
 	SCALELLM_STRESS=full $(BIN)/python -m pytest -s tests/test_ring_processes.py tests/test_ipc_fuzz.py $(PYTEST_ARGS)

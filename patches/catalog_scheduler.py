@@ -14,7 +14,6 @@ SCHEDULER_PATCHES: tuple[Patch, ...] = (
         name="lean_step",
         feature="scheduler",
         module="patch_config_scheduler",
-        vllm=">=0.29,<0.33",  # 0.33 moves what AsyncScheduler does into Scheduler
         targets=(
             Target(
                 module="vllm.config.scheduler",
@@ -86,6 +85,20 @@ SCHEDULER_PATCHES: tuple[Patch, ...] = (
                 parameters=("request", "new_token_ids", "is_stale"),
                 assigns=("request.num_output_placeholders",),
                 calls=("self.kv_cache_manager.cache_blocks",),
+                vllm="<0.33",
+            ),
+            # Moved there, with the same effect on one token that is not stale.
+            Target(
+                module=_SCHEDULER,
+                qualname="Scheduler._update_request_with_output",
+                assigns=("request.num_output_placeholders",),
+                vllm=">=0.33",
+            ),
+            Target(
+                module=_SCHEDULER,
+                qualname="Scheduler.update_from_output",
+                calls=("self.kv_cache_manager.cache_blocks",),
+                vllm=">=0.33",
             ),
             Target(
                 module=_REQUEST,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -171,6 +172,7 @@ def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The demo model with every safe feature on, as `make serve` runs it."""
     log = tmp_path_factory.mktemp("demo_server") / "server.log"
     options = ("--plugins", "scalellm", "--served-model-name", "demo", "--enforce-eager")
+    options += tuple(shlex.split(os.environ.get("SCALELLM_TEST_OPTIONS", "")))  # make test-modes
     with ExitStack() as stack:
         yield _start(stack, log, DEMO_MODEL, *options, "--max-model-len", "2048")
 

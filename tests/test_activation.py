@@ -86,12 +86,16 @@ def test_a_feature_is_picked_by_name() -> None:
 @pytest.mark.parametrize(
     ("picked", "options", "expected"),
     [
-        (["scalellm"], {"status": "off"}, {"frontend", "ipc"}),
-        (["scalellm"], {"ipc": "off"}, {"frontend", "status"}),
+        (["scalellm"], {"status": "off"}, {"frontend", "ipc", "scheduler"}),
+        (["scalellm"], {"ipc": "off"}, {"frontend", "scheduler", "status"}),
         (["scalellm.frontend"], {"status": "on"}, {"frontend", "status"}),
         (["scalellm.frontend"], {"frontend": "off"}, set()),
         (["scalellm"], {"enabled": "off"}, set()),
-        (["scalellm"], {"sim": {"enabled": "on"}}, {"frontend", "ipc", "status", "sim"}),
+        (
+            ["scalellm"],
+            {"sim": {"enabled": "on"}},
+            {"frontend", "ipc", "scheduler", "status", "sim"},
+        ),
     ],
 )
 def test_a_switch_beats_a_name(
@@ -113,8 +117,8 @@ def test_a_broken_contract_turns_its_feature_off_and_says_why(
 def test_strict_refuses_instead(monkeypatch: pytest.MonkeyPatch) -> None:
     strict = config.parse({"strict": "on"})
     decision.decide(["scalellm"], strict)  # planned features that nobody named do not count
-    with pytest.raises(ContractError, match="scheduler: planned"):
-        decision.decide(["scalellm", "scalellm.scheduler"], strict)
+    with pytest.raises(ContractError, match="quantization: planned"):
+        decision.decide(["scalellm", "scalellm.quantization"], strict)
     monkeypatch.setitem(HOLDS, "status", ["module X is gone"])
     with pytest.raises(ContractError, match="module X is gone"):
         decision.decide(["scalellm"], strict)
@@ -123,7 +127,7 @@ def test_strict_refuses_instead(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_decision_travels_and_is_not_taken_twice() -> None:
     run(["scalellm"], {"status": "off"})
     assert not activation.is_due()
-    assert on(activation.states()) == {"frontend", "ipc"}
+    assert on(activation.states()) == {"frontend", "ipc", "scheduler"}
     before = dict(os.environ)
     activation.from_environment()  # what a child process does
     assert dict(os.environ) == before
@@ -290,7 +294,7 @@ def test_options_stay_alive_under_a_foreign_allowlist(
 
 
 def test_the_table_is_short_and_says_why() -> None:
-    text = decision.table(decision.decide(["scalellm.scheduler"], config.Config()))
+    text = decision.table(decision.decide(["scalellm.quantization"], config.Config()))
     assert len(text.splitlines()) == len(FEATURES) + 2
     assert "planned: not in version" in text
 
@@ -325,13 +329,13 @@ def test_the_simulated_gpu_needs_a_name_of_ours(environment: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("command", "attributes", "expected"),
     [
-        ("serve", {}, {"status", "frontend", "ipc"}),
-        ("", {}, {"status", "ipc"}),
-        ("run-batch", {}, set()),
-        ("bench throughput", {}, set()),
-        ("serve", {"headless": True}, set()),
-        ("serve", {"data_parallel_multi_port_external_lb": True}, {"status", "ipc"}),
-        ("serve", {"grpc": True}, {"status", "ipc"}),
+        ("serve", {}, {"status", "frontend", "ipc", "scheduler"}),
+        ("", {}, {"status", "ipc", "scheduler"}),
+        ("run-batch", {}, {"scheduler"}),
+        ("bench throughput", {}, {"scheduler"}),
+        ("serve", {"headless": True}, {"scheduler"}),
+        ("serve", {"data_parallel_multi_port_external_lb": True}, {"status", "ipc", "scheduler"}),
+        ("serve", {"grpc": True}, {"status", "ipc", "scheduler"}),
     ],
 )
 def test_features_of_the_http_side_need_one(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +45,9 @@ SHAPES: dict[str, list[Shape]] = {
     "guarded": guarded_shapes(),
 }
 
-OURS = ("--plugins", "scalellm")
+OURS = ("--plugins", "scalellm", *shlex.split(os.environ.get("SCALELLM_TEST_OPTIONS", "")))
+"""`make test-modes` switches features off by the variable, or has several API servers."""
+
 PATIENCE = 3
 """How many shapes may time out before the rest fails at once: else a hanging server hangs CI."""
 

@@ -291,6 +291,8 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
         ids, blocks, computed_tokens, output_tokens = lists
         rest = output.num_scheduled_tokens
         self._steps[id(output)] = (output, requests, rest)
+        if not rest and hasattr(self, "num_executed_steps"):
+            self.num_executed_steps += 1  # 0.33 counts steps that schedule tokens
         output.num_scheduled_tokens = dict.fromkeys(ids, 1) | rest
         output.total_num_scheduled_tokens += len(ids)
         cached = output.scheduled_cached_reqs
@@ -435,6 +437,7 @@ def obstacle(scheduler: Any) -> str:
             or getattr(scheduler, "is_mm_encoder_only", False)
         ),
         "performance metrics per step": scheduler.perf_metrics,
+        "a prefill interval": getattr(scheduler, "local_prefill_interval", 1) > 1,
     }
     return ", ".join(name for name, value in found.items() if value)
 
