@@ -1,7 +1,7 @@
-"""Seams of features that are not built yet: watched, so that they can be built.
+"""Seams of features that are not built yet, or in part: watched, so that they can be built.
 
-A break here switches nothing off that exists today; `scalellm doctor` reports it, and fails on it
-only under `--strict`. Pure data, like `seams.py`.
+A break of a planned feature's switches nothing off that exists today; `scalellm doctor` reports it,
+and fails on it only under `--strict`. Pure data, like `seams.py`.
 """
 
 from __future__ import annotations

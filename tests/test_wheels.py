@@ -178,15 +178,16 @@ def test_doctor_on_a_release_that_breaks_a_planned_feature(
 ) -> None:
     wheel = next_release(
         tmp_path,
-        "vllm/v1/core/sched/request_queue.py",
-        "    def peek_request(self)",
-        "    def steal_request(self): ...\n\n    @abstractmethod\n    def peek_request(self)",
+        "vllm/model_executor/layers/quantization/base_config.py",
+        "    def get_name(self)",
+        "    def get_secret(self): ...\n\n    @abstractmethod\n    def get_name(self)",
     )
     assert cli.main(["doctor", "--wheel", wheel]) == 0
     text = capsys.readouterr().out
-    assert "seam request_queue: vllm.v1.core.sched.request_queue.RequestQueue: " in text
-    assert "found steal_request too" in text
-    assert "seams of planned features are broken: scheduler" in text
+    where = "vllm.model_executor.layers.quantization.base_config.QuantizationConfig: "
+    assert f"seam quantization_registry: {where}" in text
+    assert "found get_secret too" in text
+    assert "seams of planned features are broken: quantization" in text
     assert cli.main(["doctor", "--strict", "--wheel", wheel]) == 1
     assert cli.main(["doctor", "--strict", "--feature", "ipc", "--wheel", wheel]) == 0
 
