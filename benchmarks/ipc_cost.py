@@ -10,6 +10,7 @@ does after a step; the API server's side has an event loop (uvloop). No model an
 - ring: `engine/outbox.py` in the main loop, `frontends/merged_socket.py` in vLLM's task: objects
   for vLLM's own API server.
 - columns: the same, read by `link.py`'s way: columns to the fast lane, no objects, no task.
+- lean: the same, and the scheduler hands over columns, too (`scheduling/lean.py`).
 
 CPU is each process's own clock, all threads, per step, less what the same pace costs with nothing
 to send. Latency is from handing over to having it in the event loop. The ways take turns.
@@ -35,7 +36,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-WAYS = ("idle", "vllm", "ring", "columns")
+WAYS = ("idle", "vllm", "ring", "columns", "lean")
+_OURS = WAYS[2:]
 _WARM = 50
 
 
@@ -71,7 +73,7 @@ class _Engine:
         ).start()
         self.boxes: dict[str, Any] = {"vllm": self.upstream.output_queue}
         wake = os.eventfd(0)
-        listeners = {way: peers.listen(addresses[way], 0) for way in ("ring", "columns")}
+        listeners = {way: peers.listen(addresses[way], 0) for way in _OURS}
         print("listening", flush=True)
         for way, listener in listeners.items():
             listener.setblocking(True)
@@ -86,9 +88,14 @@ class _Engine:
 
     def run(self, way: str, number: int, steps: int, pace: float) -> float:
         """Hand over steps; return CPU seconds, objects not counted."""
-        from vllm.v1.engine import EngineCoreOutputs
+        from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 
-        pool = [_outputs(number, step) for step in range(min(steps, 64))]
+        from scalellm_plugins.engine.plain import PlainOutputs
+
+        pool: list[Any] = [_outputs(number, step) for step in range(min(steps, 64))]
+        if way == "lean":
+            ids = [one.request_id for one in pool[0]]
+            pool = [[one.new_token_ids[0] for one in step] for step in pool]
         box = self.boxes.get(way)
         gc.collect()
         begun = time.process_time()
@@ -98,7 +105,10 @@ class _Engine:
             if (left := due - time.monotonic()) > 0:
                 time.sleep(left)
             # A copy: whoever takes columns out of it changes the list.
-            outputs = EngineCoreOutputs(outputs=list(pool[step % len(pool)]))
+            made: Any = list(pool[step % len(pool)])
+            if way == "lean":
+                made = PlainOutputs(list(ids), made, [], EngineCoreOutput)
+            outputs = EngineCoreOutputs(outputs=made)
             if box is not None:
                 box.put_nowait((0, outputs))
         time.sleep(0.05)
@@ -182,14 +192,14 @@ async def _serve(addresses: dict[str, str], number: int, commands: Any) -> None:
             latencies[way].append(time.monotonic() - outputs.timestamp)
 
     tasks, rings_of = [], []
-    for way in ("vllm", "ring", "columns"):
+    for way in WAYS[1:]:
         client = _client(addresses[way])
         if way != "vllm":
             rings: Any = EngineRings.connect(client)
             for slot in range(number):
                 rings.requests[slot] = f"chatcmpl-{slot:016x}-{slot:08x}"
             rings_of.append(rings)
-        if way == "columns":
+        if way in ("columns", "lean"):
             rings.start(_Columns(latencies[way]))
             continue
         if way == "ring":

@@ -144,7 +144,7 @@ class Channel:
         view = self.producer.reserve(_PLACE.size)
         if view is None:
             return False
-        fd = memory.create(total, "scalellm-segment")
+        fd = memory.create(total, "scalellm-segment", allocate=False)
         try:
             _write(fd, frames, sizes, places)
             if not self._pass(fd):

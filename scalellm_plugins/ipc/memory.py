@@ -19,17 +19,22 @@ class SegmentError(ScaleLLMError):
     """A descriptor that is not the shared memory it was said to be."""
 
 
-def create(size: int, name: str = "scalellm-ipc") -> int:
+def create(size: int, name: str = "scalellm-ipc", *, allocate: bool = True) -> int:
     """Return the descriptor of `size` bytes of zeroed shared memory. `name` shows in /proc only.
 
     All of it is allocated now: a page that is not there when it is touched would kill the process.
+    With `allocate` false the caller writes to every page (`os.pwrite`, which fails where there is
+    no memory) before anybody maps it: zeroing what is then overwritten is a third of the time.
 
     Raises:
         OSError: the kernel gives no memory or descriptor.
     """
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.posix_fallocate(fd, 0, size)
+        if allocate:
+            os.posix_fallocate(fd, 0, size)
+        else:
+            os.ftruncate(fd, size)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZE_SEALS)
     except BaseException:
         os.close(fd)
