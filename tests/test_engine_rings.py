@@ -505,7 +505,7 @@ async def test_a_message_waits_where_there_is_no_descriptor_for_it(
 
     real = memory.create
 
-    def none_left(*_: Any) -> int:
+    def none_left(*_: Any, **__: Any) -> int:
         raise OSError(24, "Too many open files")
 
     pair.start()
