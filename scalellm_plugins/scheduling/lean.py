@@ -1,7 +1,7 @@
 """A decode step in a few passes: vLLM's scheduler, which handles only what is not plain decoding.
 
 vLLM's `schedule()` and `update_from_output()` treat every request as if anything could have
-happened to it: 12 µs per running request and step. Of nearly all of them only this is true: one
+happened to it: 13 µs per running request and step. Of nearly all of them only this is true: one
 more token, in a block that is there, and it does not end. Here one loop does that for the longest
 prefix of `running` that it is true for, with the same changes to requests and blocks, and what is
 left goes to vLLM's own code: `schedule()` sees the rest of `running` and what waits, with what is
