@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .admission import Prompt
 from .limits import Refusal
-from .tenants import DEFAULT, TENANT
+from .tenants import DEFAULT, TENANT, WEIGHT
 
 if TYPE_CHECKING:
     from .gate import Pass
@@ -92,8 +92,8 @@ def _added(original: Callable[..., Any], due: dict[str, _Work]) -> Callable[...,
         params = request.sampling_params
         if params is not None:
             # Whatever a client may have put there itself.
-            name = DEFAULT if ticket is None else ticket.tenant
-            params.extra_args = {**(params.extra_args or {}), TENANT: name}
+            ours = {TENANT: DEFAULT, WEIGHT: 1.0} if ticket is None else ticket.extra
+            params.extra_args = {**(params.extra_args or {}), **ours}
         original(request, *args, **kwargs)
         if work is not None:
             work.ids.append(request.request_id)

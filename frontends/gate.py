@@ -28,7 +28,7 @@ from .admission import SERVER, Admission, Bounds, Prompt, Ticket
 from .headers import CrossOrigin
 from .limits import GAUGES, UNLIMITED, DrainRate, Limits, Refusal
 from .metric import metric
-from .tenants import OPTION, TENANT, Tenant, TenantFile
+from .tenants import OPTION, TENANT, WEIGHT, Tenant, TenantFile
 
 logger = logging.getLogger("vllm.scalellm")
 
@@ -74,10 +74,11 @@ class Seat(NamedTuple):
 class Pass(Ticket):
     """An admitted request at the gate."""
 
-    __slots__ = ("_bounds", "_cycle", "_gate", "in_application", "refusal")
+    __slots__ = ("_bounds", "_cycle", "_gate", "in_application", "refusal", "weight")
 
     def __init__(self, gate: Gate, seat: Seat, cycle: Any) -> None:
         super().__init__(gate.counters, seat.tenant.name, seat.entry)
+        self.weight = seat.tenant.weight
         self._gate = gate
         self._bounds = seat.bounds
         self._cycle = cycle
@@ -121,7 +122,7 @@ class Pass(Ticket):
     @property
     def extra(self) -> dict[str, Any]:
         """What the engine's side is to know: extra arguments of the sampling parameters."""
-        return {TENANT: self.tenant}
+        return {TENANT: self.tenant, WEIGHT: self.weight}
 
     def _sender(self, send: Any) -> Any:
         """Put the gate's answer in place of the application's, if a prompt was refused in it."""

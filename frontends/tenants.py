@@ -33,8 +33,8 @@ from .limits import GAUGES, Limits
 logger = logging.getLogger("vllm.scalellm")
 
 DEFAULT = "default"
-TENANT = "scalellm_tenant"
-"""The tenant's name in `sampling_params.extra_args`."""
+TENANT, WEIGHT = "scalellm_tenant", "scalellm_weight"
+"""The tenant's name and weight in `sampling_params.extra_args`."""
 
 OPTION = "scalellm.frontend.tenants"
 

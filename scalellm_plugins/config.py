@@ -77,9 +77,13 @@ class IpcConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Scheduling policies."""
+    """The lean decode step, and who is next."""
 
     enabled: Toggle = None
+    policy: Annotated[
+        Literal["fair"] | None,
+        Meta(description="fair: between tenants, by tokens; unset: vLLM's --scheduling-policy"),
+    ] = None
 
 
 class QuantizationConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -46,7 +46,7 @@ FEATURES: dict[str, Feature] = {
         Feature("ipc", "shared-memory columns between frontends and the engine", "partial"),
         Feature(
             "scheduler",
-            "a lean decode step, the same schedule for a sixth of the CPU; policies are to come",
+            "a lean decode step, the same schedule for an eighth of the CPU; fair sharing by tenant",
             "partial",
         ),
         Feature(

@@ -233,7 +233,10 @@ async def test_tenants_by_their_keys(stand: Any) -> None:
     assert "max_requests in the tenants file" in json.loads(body)["error"]["message"]
     used = [here.used(name)[0] for name in ("acme", "other", "default")]
     assert used == [1, 1, 1]
-    assert here.application.passes[0].extra == {"scalellm_tenant": "acme"}
+    assert here.application.passes[0].extra == {
+        "scalellm_tenant": "acme",
+        "scalellm_weight": 1.0,
+    }
 
 
 async def test_no_key_is_no_work_of_the_gate(stand: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -17,10 +18,12 @@ from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
 from vllm.v1.request import RequestStatus  # noqa: E402
 
 from scalellm_plugins.benchmarks.schedulers import request, scheduler  # noqa: E402
+from scalellm_plugins.errors import ConfigError  # noqa: E402
 from scalellm_plugins.scheduling.lean import (  # noqa: E402
     LeanAsyncScheduler,
     LeanScheduler,
 )
+from scalellm_plugins.scheduling.waiting import FairQueue  # noqa: E402
 
 from .lean_parts import Driver, plain, said, state  # noqa: E402
 
@@ -191,3 +194,55 @@ def test_every_step_is_as_vllms(asynchronous: bool, data: st.DataObject) -> None
             while both.drivers[0].under_way:
                 both.update()
     both.finish(depth)
+
+
+# Fair sharing
+
+
+def fairly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCALELLM_CONFIG", '{"scheduler": {"policy": "fair"}}')
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_one_tenant_is_served_as_by_vllm(
+    asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arrivals, preemption, aborts: first come, first served."""
+    fairly(monkeypatch)
+    both = Lockstep(asynchronous, blocks=24, block_size=4, sequences=6, budget=64, longest=60)
+    assert isinstance(both.drivers[1].scheduler.waiting, FairQueue)
+    for number in range(60):
+        both.add([number % 7] * (1 + number % 20), 1 + number % 30, ignore_eos=True)
+        both.step(2 if asynchronous else 1)
+        if number % 9 == 8:
+            both.abort([number, number // 2])
+    both.finish(2 if asynchronous else 1)
+    assert not both.drivers[1].scheduler.waiting._charged
+
+
+def test_who_floods_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever sent first, running requests are shared as the weights say while both wait."""
+    fairly(monkeypatch)
+    driver = Driver(scheduler(LeanAsyncScheduler, True, sequences=6))
+    tenants = {"flood": (60, 1.0), "twice": (20, 2.0)}
+    for tenant, (requests, weight) in tenants.items():
+        for number in range(requests):
+            extra = {"scalellm_tenant": tenant, "scalellm_weight": weight}
+            one = request(f"{tenant}-{number}", [3] * 40, 30, ignore_eos=True, extra_args=extra)
+            driver.scheduler.add_request(one)
+    seats: Counter[str] = Counter()
+    for step in range(400):
+        driver.schedule()
+        if len(driver.under_way) > 1:
+            driver.update()
+        waiting = {one.request_id.partition("-")[0] for one in driver.scheduler.waiting}
+        if step > 100 and waiting == {"flood", "twice"}:
+            seats.update(one.request_id.partition("-")[0] for one in driver.scheduler.running)
+    assert seats.total() > 100
+    assert 1.7 < seats["twice"] / seats["flood"] < 2.3
+
+
+def test_two_orders_at_once_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fairly(monkeypatch)
+    with pytest.raises(ConfigError, match="--scheduling-policy priority: both say who is next"):
+        scheduler(LeanScheduler, False, policy="priority")

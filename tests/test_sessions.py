@@ -157,7 +157,7 @@ async def test_a_sessions_prompts_are_counted_for_its_tenant(stand: Any) -> None
     async with here.connect("acme-key") as session:
         await session.send("60")
         extra, waiting, running = json.loads(await session.recv())
-        assert extra == {"scalellm_tenant": "acme"}
+        assert extra == {"scalellm_tenant": "acme", "scalellm_weight": 1.0}
         assert waiting == [1, 0, 60, 60]
         assert running == [1, 0, 60, 0]
         with pytest.raises(InvalidStatus) as refused:

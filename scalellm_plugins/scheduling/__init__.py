@@ -1,1 +1,1 @@
-"""What runs inside the engine's scheduler. Needs vLLM; imported by it alone."""
+"""What runs inside the engine's scheduler: the lean step, policies and their queue."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,12 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 
+from scalellm_plugins import config
 from scalellm_plugins.engine.plain import PlainOutputs
+from scalellm_plugins.errors import ConfigError
+
+from .fair import VirtualTokens
+from .waiting import FairQueue, tenant_of
 
 logger = logging.getLogger("vllm.scalellm")
 
@@ -121,6 +127,9 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
         """Running requests that vLLM's `schedule()` does not see at the moment."""
         self._steps: dict[int, tuple[Any, list[Any], dict[str, int]]] = {}
         """id of a `SchedulerOutput` → itself, requests that it has plainly, vLLM's share of it."""
+        self._fair: VirtualTokens | None = None
+        if config.current().scheduler.policy == "fair":
+            self._share_fairly()
         if self._reason:
             logger.info("scheduler: the lean step is off: %s", self._reason)
             return
@@ -132,6 +141,20 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
         self._cacheless = 0 if self._manager.enable_caching else _NEVER
         # vLLM's code reads budgets from there; its own copy, so that nobody else sees them change.
         self.scheduler_config = copy.copy(self.scheduler_config)
+
+    def _share_fairly(self) -> None:
+        """Have tenants take turns.
+
+        Raises:
+            ConfigError: vLLM was asked for another order.
+        """
+        if self.policy is not SchedulingPolicy.FCFS:
+            raise ConfigError(
+                f"scalellm.scheduler.policy fair and --scheduling-policy {self.policy.value}: both "
+                "say who is next; leave one of them out"
+            )
+        self._fair = VirtualTokens()
+        self.waiting = FairQueue(self._fair)
 
     # Requests
 
@@ -152,6 +175,25 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
     # Before the model
 
     def schedule(self, throttle_prefills: bool = False) -> Any:
+        output = self._schedule(throttle_prefills)
+        if self._fair is not None:
+            self._charge(self._fair, output)
+        return output
+
+    def _charge(self, fair: VirtualTokens, output: Any) -> None:
+        """Charge tenants for the tokens that a step will make, and forget requests that ended."""
+        requests = self.requests
+        made = Counter(
+            tenant_of(request)
+            for request in map(requests.__getitem__, output.num_scheduled_tokens)
+            if not request.is_prefill_chunk
+        )
+        for tenant, tokens in made.items():
+            fair.serve(tenant, output=tokens)
+        if output.finished_req_ids:
+            self.waiting.forget(output.finished_req_ids)
+
+    def _schedule(self, throttle_prefills: bool) -> Any:
         if self._reason or throttle_prefills or not self._fits_now():
             return super().schedule(throttle_prefills)
         running = self.running
@@ -160,10 +202,10 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
             return super().schedule(throttle_prefills)
         used = len(requests)
         missing = () if self.use_v2_model_runner else self._new_to_worker(lists[0])
-        config = self.scheduler_config
+        own = self.scheduler_config
         limits = [
             (self, "max_num_scheduled_tokens", used),
-            (config, "max_num_batched_tokens", used),
+            (own, "max_num_batched_tokens", used),
             (self, "max_num_running_reqs", number),
         ]
         if hasattr(self, "max_num_active_reqs"):
@@ -186,15 +228,15 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
 
     def _fits_now(self) -> bool:
         """Whether vLLM's code does the same with a part of the running requests, in this step."""
-        config = self.scheduler_config
-        if self.pause_state is PauseState.PAUSED_ALL or config.long_prefill_token_threshold:
+        own = self.scheduler_config
+        if self.pause_state is PauseState.PAUSED_ALL or own.long_prefill_token_threshold:
             return False  # nothing runs; a limit depends on how much is left of the budget
-        if len(self.running) > min(self.max_num_scheduled_tokens, config.max_num_batched_tokens):
+        if len(self.running) > min(self.max_num_scheduled_tokens, own.max_num_batched_tokens):
             return False
         if self.policy is not SchedulingPolicy.PRIORITY:
             return True
         # It may preempt any of them: only if nothing has to be preempted.
-        need = len(self.running) + config.max_num_batched_tokens // self._blocks
+        need = len(self.running) + own.max_num_batched_tokens // self._blocks
         return bool(self.kv_cache_manager.block_pool.get_num_free_blocks() >= need)
 
     def _take_prefix(self, running: list[Any]) -> tuple[int, list[Any], Any, Any]:
@@ -418,11 +460,10 @@ def _is_quiet(request: Any, plan: _Plan) -> bool:
 def obstacle(scheduler: Any) -> str:
     """Why a scheduler cannot take the lean step; empty if it can."""
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
-    config = scheduler.vllm_config
     found = {
         "a KV or encoder-cache connector": scheduler.connector or scheduler.ec_connector,
         "LoRA": scheduler.lora_config,
-        "speculative decoding": config.speculative_config,
+        "speculative decoding": scheduler.vllm_config.speculative_config,
         "pipeline parallelism": scheduler.parallel_config.pipeline_parallel_size > 1,
         "an encoder-decoder model": scheduler.is_encoder_decoder,
         "a KV cache that is not full attention's alone": (
