@@ -19,6 +19,7 @@ import msgspec
 from scalellm_plugins.engine.holding import HOLD
 
 from .routes import Ask, Route
+from .tenants import TENANT, WEIGHT
 
 logger = logging.getLogger("vllm.scalellm")
 
@@ -55,6 +56,10 @@ _OF_THE_REQUEST = frozenset(
 _OURS = "scalellm_"
 """How our names among the extra arguments begin."""
 
+_RELAYED = frozenset((TENANT, WEIGHT))
+"""Those that a client may say, where nobody checks keys. The gate, where there is one, puts its own
+in their place."""
+
 
 def _nothing(_unset: Any) -> None:
     return None
@@ -63,7 +68,8 @@ def _nothing(_unset: Any) -> None:
 def reserve_names(input_processor: Any) -> None:
     """Drop extra arguments with our names from what clients send (`vllm_xargs`), in both lanes.
 
-    They speak to the engine's side of this package (`HOLD`, the tenant), and are added after this.
+    They speak to the engine's side of this package (`HOLD`), and are added after this. See
+    `_RELAYED` for what is let through.
     """
     make = input_processor.process_inputs
 
@@ -71,7 +77,11 @@ def reserve_names(input_processor: Any) -> None:
         request = make(request_id, prompt, params, *args, **more)
         made = request.sampling_params
         if made is not None and made.extra_args:
-            kept = {k: v for k, v in made.extra_args.items() if not k.startswith(_OURS)}
+            kept = {
+                name: value
+                for name, value in made.extra_args.items()
+                if not name.startswith(_OURS) or name in _RELAYED
+            }
             made.extra_args = kept or None
         return request
 

@@ -46,7 +46,7 @@ FEATURES: dict[str, Feature] = {
         Feature("ipc", "shared-memory columns between frontends and the engine", "partial"),
         Feature(
             "scheduler",
-            "a lean decode step, the same schedule for an eighth of the CPU; fair sharing by tenant",
+            "a lean decode step: the same schedule for an eighth of the CPU; fairness by tenant",
             "partial",
         ),
         Feature(

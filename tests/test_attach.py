@@ -19,7 +19,8 @@ pytestmark = pytest.mark.vllm
 
 
 def test_clients_cannot_speak_to_the_engines_side() -> None:
-    """Else anybody could name another tenant, or have the engine keep its tokens."""
+    """Else anybody could have the engine keep its tokens. A tenant may be named; where keys are
+    checked, the gate puts theirs in its place (test_overload.py)."""
     made = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=None))
 
     def process_inputs(_request_id: str, _prompt: Any, params: Any) -> Any:
@@ -28,8 +29,8 @@ def test_clients_cannot_speak_to_the_engines_side() -> None:
 
     processor = SimpleNamespace(process_inputs=process_inputs)
     requests.reserve_names(processor)
-    processor.process_inputs("id", None, {"scalellm_tenant": "boss", "mine": 1})
-    assert made.sampling_params.extra_args == {"mine": 1}
+    processor.process_inputs("id", None, {"scalellm_kept": "x", "scalellm_tenant": "t", "mine": 1})
+    assert made.sampling_params.extra_args == {"scalellm_tenant": "t", "mine": 1}
     processor.process_inputs("id", None, {"scalellm_hold": 0})
     assert made.sampling_params.extra_args is None
     processor.process_inputs("id", None, None)
