@@ -47,6 +47,8 @@ class Columns(NamedTuple):
     tokens: list[int]
     ended: list[Any]
     """`EngineCoreOutput` of requests whose last this is."""
+    engine: int = 0
+    """Whose step it is: vLLM's engine index."""
 
 
 class Sink(Protocol):
@@ -244,7 +246,8 @@ class EngineRings:
             general = self._client.decoder.decode(frames)
             self._settle(engine, general)
         assert self.sink is not None
-        self.sink.on_step(Columns(step.timestamp, receivers, step.tokens, ended), general, self)
+        columns = Columns(step.timestamp, receivers, step.tokens, ended, engine.channel.peer.index)
+        self.sink.on_step(columns, general, self)
 
     def _ended_outputs(self, ends: list[messages.End]) -> list[Any]:
         """Make vLLM's outputs of requests that end; those that have ended here get none."""

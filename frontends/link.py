@@ -184,7 +184,7 @@ class Link:
             self._process(outputs + general.outputs, step.timestamp, stats, general)
         elif outputs:
             self._process(outputs, step.timestamp, stats, _Bare(rings.weight_version()))
-        self.book.message(0, scheduler, stats)
+        self.book.message(step.engine, scheduler, stats)
 
     def on_outputs(self, outputs: Any) -> None:
         """A message like those of the socket."""

@@ -71,7 +71,7 @@ class MergedSocket:
     def on_step(self, step: Columns, general: Any, rings: EngineRings) -> None:
         """Make vLLM's message of columns."""
         if general is None:
-            general = self._outputs(timestamp=step.timestamp)
+            general = self._outputs(engine_index=step.engine, timestamp=step.timestamp)
             version = rings.weight_version()
             if version is not None:
                 general.weight_version = version

@@ -31,7 +31,7 @@ from vllm.v1.outputs import LogprobsLists
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
 
 from scalellm_plugins.engine.plain import PlainOutputs
-from scalellm_plugins.frontends.engine_rings import FROM_ENGINE, EngineRings
+from scalellm_plugins.frontends.engine_rings import FROM_ENGINE, Columns, EngineRings
 from scalellm_plugins.frontends.merged_socket import MergedSocket
 
 from . import ring_parts as parts
@@ -326,6 +326,14 @@ def test_without_a_ring_the_lean_steps_columns_are_vllms_outputs(pair: Pair) -> 
     ((client, sent),) = [pair.engine.upstream.get_nowait()]
     assert client == 1
     assert sent.outputs == [token("a", 3), token("b", 1, 2)]
+
+
+async def test_columns_say_whose_step_they_are(pair: Pair) -> None:
+    """Else all engines' tokens would be counted as the first one's."""
+    merged = MergedSocket(pair.client.resources.output_socket, pair.rings)
+    merged.on_step(Columns(1.0, ["a"], [7], [], engine=3), None, pair.rings)
+    (made,) = ((await merged.recv_multipart()).outputs,)
+    assert (made.engine_index, made.outputs) == (3, [token("a", 7)])
 
 
 async def test_a_request_that_ended_gets_no_more_tokens(pair: Pair) -> None:

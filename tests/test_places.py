@@ -273,7 +273,8 @@ def test_both_engines_work_and_are_told_apart(servers: Servers, conftest: Any) -
 
     until(lambda: sum(made()) == len(streams) * SHORT, "all are counted")
     # Where they were made; vLLM's balance of what two workers send at once is not always equal.
-    assert all(tokens >= 2 * SHORT and tokens % SHORT == 0 for tokens in made())
+    parts = made()
+    assert all(tokens >= 2 * SHORT and tokens % SHORT == 0 for tokens in parts), parts
     for engine in engines:
         until(
             lambda of=engine: place.metric("vllm:num_requests_running", engine=of) == 0, "it idles"

@@ -480,7 +480,7 @@ def test_replacing_workers_leaks_nothing(server: Any) -> None:
         until(lambda up=up: serving(server) > up, "a new worker")
         assert complete(server, 3)["usage"]["completion_tokens"] == 3
     assert supervisor(server) == boss
-    assert len(server.processes()) == processes
+    assert len(server.processes()) <= processes  # one that retired before may have ended since
     assert len(_descriptors(boss)) == descriptors
     ours = [boss, *workers(server).values()]
     assert not [name for pid in ours for name in _descriptors(pid) if name.startswith("/dev/shm")]
