@@ -261,20 +261,29 @@ def test_both_engines_work_and_are_told_apart(servers: Servers, conftest: Any) -
         "VLLM::EngineCore_DP1",
     }
     engines = ("0", "1")
-    before = [place.metric("vllm:generation_tokens_total", engine=engine) for engine in engines]
+
+    def counted() -> list[float]:
+        return [place.metric("vllm:generation_tokens_total", engine=engine) for engine in engines]
+
+    def settled() -> list[float] | None:
+        """What the tests before have left: metrics come up to half a second late."""
+        found = counted()
+        time.sleep(0.7)
+        return found if found == counted() else None
+
+    before = until(settled, "nothing is counted any more")
     streams = [Stream(place, SHORT, **({"logprobs": 1} if n % 2 else {})) for n in range(8)]
     for stream in streams:
         stream.join(LIMIT_S)
         assert (stream.done, stream.reason) == (True, "length")
 
     def made() -> list[float]:
-        after = [place.metric("vllm:generation_tokens_total", engine=engine) for engine in engines]
-        return [now - start for now, start in zip(after, before, strict=True)]
+        return [now - start for now, start in zip(counted(), before, strict=True)]
 
     until(lambda: sum(made()) == len(streams) * SHORT, "all are counted")
     # Where they were made; vLLM's balance of what two workers send at once is not always equal.
     parts = made()
-    assert all(tokens >= 2 * SHORT and tokens % SHORT == 0 for tokens in parts), parts
+    assert all(tokens >= SHORT and tokens % SHORT == 0 for tokens in parts), parts
     for engine in engines:
         until(
             lambda of=engine: place.metric("vllm:num_requests_running", engine=of) == 0, "it idles"
