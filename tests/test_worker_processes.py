@@ -472,7 +472,13 @@ def _descriptors(pid: int) -> list[str]:
 def test_replacing_workers_leaks_nothing(server: Any) -> None:
     until(lambda: len(workers(server)) == 2, "two workers")
     boss = supervisor(server)
-    processes, descriptors = len(server.processes()), len(_descriptors(boss))
+
+    def settled() -> tuple[int, int] | None:
+        found = len(server.processes()), len(_descriptors(boss))
+        time.sleep(1)  # a worker that retired may still be leaving
+        return found if found == (len(server.processes()), len(_descriptors(boss))) else None
+
+    processes, descriptors = until(settled, "nobody comes or goes")
     for turn in range(5):
         before, up = workers(server), serving(server)
         victim = sorted(before)[turn % 2]
@@ -480,8 +486,8 @@ def test_replacing_workers_leaks_nothing(server: Any) -> None:
         until(lambda up=up: serving(server) > up, "a new worker")
         assert complete(server, 3)["usage"]["completion_tokens"] == 3
     assert supervisor(server) == boss
-    assert len(server.processes()) <= processes  # one that retired before may have ended since
-    assert len(_descriptors(boss)) == descriptors
+    assert len(server.processes()) <= processes
+    assert len(_descriptors(boss)) <= descriptors
     ours = [boss, *workers(server).values()]
     assert not [name for pid in ours for name in _descriptors(pid) if name.startswith("/dev/shm")]
     assert running(server) == 0
