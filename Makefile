@@ -55,8 +55,8 @@ test-modes: environment ## the API tests with features off, and under vLLM's own
 	    SCALELLM_TEST_OPTIONS="$$mode" $(BIN)/python -m pytest \
 	    tests/test_differential.py tests/test_clients.py $(PYTEST_ARGS); done
 
-stress: environment ## proofs of shared memory at full size: 10 million records, 5,000 kills; minutes
-	SCALELLM_STRESS=full $(BIN)/python -m pytest -s tests/test_ring_processes.py tests/test_ipc_fuzz.py $(PYTEST_ARGS)
+stress: environment ## proofs of shared memory at full size: 10 million records, 5,000 kills
+	SCALELLM_STRESS=full $(BIN)/python -m pytest -s tests/test_ring_processes.py $(PYTEST_ARGS)
 
 bench: environment ## compare with plain vLLM: ARGS="options of scalellm bench compare"
 	$(BIN)/scalellm bench compare $(ARGS)
