@@ -14,9 +14,10 @@ from contextvars import ContextVar
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+from scalellm_plugins.scheduling.fair import DEFAULT, TENANT, WEIGHT
+
 from .admission import Prompt
 from .limits import Refusal
-from .tenants import DEFAULT, TENANT, WEIGHT
 
 if TYPE_CHECKING:
     from .gate import Pass

@@ -21,6 +21,7 @@ import prometheus_client
 
 from scalellm_plugins import config
 from scalellm_plugins.errors import ConfigError
+from scalellm_plugins.scheduling.fair import TENANT, WEIGHT
 
 from . import authentication, counting, refusals, sessions
 from .accounting import Accounting
@@ -28,7 +29,7 @@ from .admission import SERVER, Admission, Bounds, Prompt, Ticket
 from .headers import CrossOrigin
 from .limits import GAUGES, UNLIMITED, DrainRate, Limits, Refusal
 from .metric import metric
-from .tenants import OPTION, TENANT, WEIGHT, Tenant, TenantFile
+from .tenants import OPTION, Tenant, TenantFile
 
 logger = logging.getLogger("vllm.scalellm")
 

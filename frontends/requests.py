@@ -17,9 +17,9 @@ from typing import Any
 import msgspec
 
 from scalellm_plugins.engine.holding import HOLD
+from scalellm_plugins.scheduling.fair import TENANT, WEIGHT
 
 from .routes import Ask, Route
-from .tenants import TENANT, WEIGHT
 
 logger = logging.getLogger("vllm.scalellm")
 

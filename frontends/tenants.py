@@ -27,14 +27,11 @@ import msgspec
 from msgspec import Meta
 
 from scalellm_plugins.errors import ConfigError, closest_first
+from scalellm_plugins.scheduling.fair import DEFAULT
 
 from .limits import GAUGES, Limits
 
 logger = logging.getLogger("vllm.scalellm")
-
-DEFAULT = "default"
-TENANT, WEIGHT = "scalellm_tenant", "scalellm_weight"
-"""The tenant's name and weight in `sampling_params.extra_args`."""
 
 OPTION = "scalellm.frontend.tenants"
 

@@ -22,7 +22,7 @@ from scalellm_plugins.ipc.channel import Channel, frames_of
 from scalellm_plugins.ipc.peers import VERSION, Hello
 
 FULL = os.environ.get("SCALELLM_STRESS") == "full"
-"""Whether proofs run at their full size (`make stress`)."""
+"""Whether proofs run at their full size; `make stress` sets it for those of two processes."""
 
 SMALL = 4096
 """The smallest ring, in bytes: it is full, and at its end, all the time."""

@@ -18,7 +18,8 @@ from scalellm_plugins.frontends import counting
 from scalellm_plugins.frontends.admission import SERVER, Admission
 from scalellm_plugins.frontends.gate import GUARDED, Gate, Pass, Seat
 from scalellm_plugins.frontends.limits import Limits, Refusal
-from scalellm_plugins.frontends.tenants import TENANT, WEIGHT, Tenant, TenantFile
+from scalellm_plugins.frontends.tenants import Tenant, TenantFile
+from scalellm_plugins.scheduling.fair import TENANT, WEIGHT
 
 NOTHING = [0, 0, 0, 0]
 

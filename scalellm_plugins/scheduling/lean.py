@@ -123,8 +123,6 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._async = isinstance(self, AsyncScheduler)
         self._reason = obstacle(self)
-        self._hidden = 0
-        """Running requests that vLLM's `schedule()` does not see at the moment."""
         self._steps: dict[int, tuple[Any, list[Any], dict[str, int]]] = {}
         """id of a `SchedulerOutput` → itself, requests that it has plainly, vLLM's share of it."""
         self._fair: VirtualTokens | None = None
@@ -168,13 +166,10 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
             request.scalellm_plan.disturb()
         super()._preempt_request(request, *args, **kwargs)
 
-    def get_request_counts(self) -> tuple[int, int]:
-        running, waiting = super().get_request_counts()
-        return running + self._hidden, waiting
-
     # Before the model
 
     def schedule(self, throttle_prefills: bool = False) -> Any:
+        """Return the next step's `SchedulerOutput`, as vLLM's would be."""
         output = self._schedule(throttle_prefills)
         if self._fair is not None:
             self._charge(self._fair, output)
@@ -213,7 +208,6 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
         before = [getattr(owner, name) for owner, name, _ in limits]
         prefix = running[:number]
         self.running = running[number:]
-        self._hidden = number
         try:
             for (owner, name, less), value in zip(limits, before, strict=True):
                 owner.__dict__[name] = value - less
@@ -221,7 +215,6 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
         finally:
             for (owner, name, _), value in zip(limits, before, strict=True):
                 owner.__dict__[name] = value
-            self._hidden = 0
             self.running = prefix + self.running
         self._put_in(output, requests, lists, flags, missing)
         return output
@@ -361,6 +354,7 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
     # After it
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """Apply a step's tokens; return `EngineCoreOutputs` by client index."""
         step = self._steps.pop(id(scheduler_output), None)
         if step is None:
             return super().update_from_output(scheduler_output, model_runner_output)

@@ -13,12 +13,7 @@ from typing import Any
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import RequestStatus
 
-from .fair import VirtualTokens
-
-TENANT, WEIGHT = "scalellm_tenant", "scalellm_weight"
-"""In `sampling_params.extra_args`, from the frontend or `vllm_xargs`: a name, and its weight."""
-
-DEFAULT = "default"
+from .fair import DEFAULT, TENANT, WEIGHT, VirtualTokens
 
 
 def tenant_of(request: Any) -> str:
