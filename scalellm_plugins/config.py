@@ -81,8 +81,34 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     enabled: Toggle = None
     policy: Annotated[
-        Literal["fair"] | None,
-        Meta(description="fair: between tenants, by tokens; unset: vLLM's --scheduling-policy"),
+        Annotated[str, Meta(min_length=1)] | None,
+        Meta(description="fcfs, priority, fair, deadline, a plugin's; several: priority,fair"),
+    ] = None
+    ageing_s: Annotated[
+        Annotated[float, Meta(gt=0)],
+        Meta(description="priority: waiting work rises a class every so many seconds"),
+    ] = 30.0
+    min_run_s: Annotated[
+        Annotated[float, Meta(ge=0)],
+        Meta(description="priority: work that was preempted n times then runs n times so long"),
+    ] = 1.0
+    prompt_weight: Annotated[
+        Annotated[float, Meta(ge=0)], Meta(description="fair: what a prompt's token costs")
+    ] = 1.0
+    output_weight: Annotated[
+        Annotated[float, Meta(gt=0)], Meta(description="fair: what a generated token costs")
+    ] = 2.0
+    locality_tokens: Annotated[
+        Annotated[int, Meta(ge=0)],
+        Meta(description="fair: service that prefixes in the cache may put before turns (DLPM)"),
+    ] = 0
+    late: Annotated[
+        Literal["drop", "demote"],
+        Meta(description="deadline: what becomes of requests that cannot make it any more"),
+    ] = "drop"
+    tpot_target_ms: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="prompts get as much of a step as keeps decodes at this pace"),
     ] = None
 
 
