@@ -21,10 +21,14 @@ def apply() -> None:
     step, step_with_batch_queue = engine.step, engine.step_with_batch_queue
     add_request, abort_requests = engine.add_request, engine.abort_requests
 
+    def message(request_id: str, carried: dict[str, Any]) -> Any:
+        output = core.EngineCoreOutput(request_id, [], kv_transfer_params=carried)
+        return core.EngineCoreOutputs(outputs=[output])
+
     def holder_of(self: Any) -> TokenHolder:
         holder: TokenHolder | None = getattr(self, "_scalellm_holder", None)
         if holder is None:
-            holder = self._scalellm_holder = TokenHolder()
+            holder = self._scalellm_holder = TokenHolder(message)
         return holder
 
     def holding_step(self: Any) -> Any:

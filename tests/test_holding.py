@@ -45,10 +45,10 @@ class Message:
     utility_output: Any = None
 
 
-def request(name: str, hold: Any = None) -> Any:
-    """A request that asks for `hold`."""
-    extra = None if hold is None else {HOLD: hold}
-    return SimpleNamespace(request_id=name, sampling_params=SimpleNamespace(extra_args=extra))
+def request(name: str, hold: Any = None, client: int = 0) -> Any:
+    """A request of a client that asks for `hold`."""
+    params = SimpleNamespace(extra_args=None if hold is None else {HOLD: hold})
+    return SimpleNamespace(request_id=name, client_index=client, sampling_params=params)
 
 
 def send(holder: TokenHolder, *outputs: Output, at: float, **others: Any) -> Message | None:
@@ -125,7 +125,7 @@ def test_every_token_arrives_in_order_and_is_counted_once(
     names = {f"r{index}": hold for index, hold in enumerate(holds)}
     home = {name: index % 2 for index, name in enumerate(names)}
     for name, hold in names.items():
-        holder.add(request(name, hold))
+        holder.add(request(name, hold, home[name]))
     clients, expected = [Client(), Client()], [Expected(), Expected()]
     running, now, token = list(names), 0.0, 0
     while running:
@@ -390,3 +390,32 @@ def test_the_last_gauges_before_the_engine_sleeps_are_always_sent() -> None:
         holder.filter(step, can_wait)
     assert step[0].scheduler_stats.num_running_reqs == 0
     assert can_wait(SchedulerStats(num_waiting_reqs=1))
+
+
+def test_what_aborted_requests_had_is_counted_when_nothing_else_comes() -> None:
+    """A client whose last request is aborted may not hear of this engine again for hours."""
+
+    def message(request_id: str, carried: dict[str, Any]) -> Message:
+        return Message([Output(request_id, [], kv_transfer_params=carried)], 0.0)
+
+    holder = TokenHolder(message)
+    holder.add(request("gone", 0, client=1))
+    holder.add(request("stays", 0, client=0))
+    for now in (1.0, 1.125, 1.25):
+        step = {
+            index: Message([Output(name, [7])], now) for index, name in enumerate(("stays", "gone"))
+        }
+        holder.filter(step, can_wait)
+        assert bool(step) == (now == 1.0), "the first output is shown at once"
+    holder.forget(["gone"])
+    step = {0: Message([Output("stays", [7])], 1.375)}
+    holder.filter(step, can_wait)
+    (counts,) = step.pop(1).outputs
+    assert not step, "the other client's wait, as before"
+    assert (counts.request_id, counts.kv_transfer_params) == (
+        COUNTS,
+        {KEPT: [0, 0.0, [[1, [[0.125, 1]]], [1, [[0.125, 1]]]]]},
+    )
+    holder.forget(["gone"])
+    holder.filter(step, can_wait)
+    assert not step, "once"

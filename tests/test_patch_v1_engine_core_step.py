@@ -50,7 +50,9 @@ class Engine:
         for name, hold in (("held", 0), ("other", 8), ("read", None)):
             extra = None if hold is None else {HOLD: hold}
             params = SimpleNamespace(extra_args=extra)
-            self.holder.add(SimpleNamespace(request_id=name, sampling_params=params))
+            self.holder.add(
+                SimpleNamespace(request_id=name, client_index=3, sampling_params=params)
+            )
         self.step(1.0, "held", "other", "read")
         assert self.step(1.25, "held", "other") is None
 

@@ -47,10 +47,11 @@ STATS_S = 0.05
 class _Kept:
     """One request's tokens since they were last sent."""
 
-    __slots__ = ("early", "every", "last", "token_ids")
+    __slots__ = ("client", "early", "every", "last", "token_ids")
 
-    def __init__(self, every: int) -> None:
+    def __init__(self, every: int, client: int) -> None:
         self.every = every
+        self.client = client
         self.early = 0
         """Tokens that were sent before there were `every`; they count among the next ones."""
         self.token_ids: list[int] | None = None  # None until its first output has gone out
@@ -59,15 +60,23 @@ class _Kept:
 
 
 class TokenHolder:
-    """All requests of one engine that wait. Used from the engine's main loop only."""
+    """All requests of one engine that wait. Used from the engine's main loop only.
 
-    def __init__(self) -> None:
+    Args:
+        message: makes an `EngineCoreOutputs` with the one output whose request id and
+            `kv_transfer_params` it is given; without it, counts wait for their client's next one.
+    """
+
+    def __init__(self, message: Callable[[str, dict[str, Any]], Any] | None = None) -> None:
+        self._message = message
         self._kept: dict[str, _Kept] = {}
         self._steps: dict[int, list[Step]] = {}
         """Client → what was kept in each step since its last message."""
         self._released: dict[int, float] = {}
         """Client → when all that was kept was last sent (s, the engine's clock)."""
         self._stats_sent = 0.0
+        self._aborted = False
+        """Whether requests were aborted since it was last looked for counts that nobody sends."""
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -78,12 +87,13 @@ class TokenHolder:
         if params is not None and params.extra_args:
             every = params.extra_args.get(HOLD)
             if isinstance(every, int) and every >= 0:
-                self._kept[request.request_id] = _Kept(every)
+                self._kept[request.request_id] = _Kept(every, request.client_index)
 
     def forget(self, request_ids: list[str]) -> None:
         """Requests were aborted: nobody waits for their tokens."""
         for request_id in request_ids:
             self._kept.pop(request_id, None)
+        self._aborted = True
 
     def take(self, request_ids: list[str]) -> dict[str, list[int]]:
         """Give out what is kept of requests that end now: token ids by request."""
@@ -127,6 +137,20 @@ class TokenHolder:
                 del step[client]
             elif stats is not None:
                 self._stats_sent = now
+        if self._aborted and self._message is not None:
+            self._aborted = False
+            self._send_counts(step, self._message)
+
+    def _send_counts(self, step: dict[int, Any], message: Callable[..., Any]) -> None:
+        """Send what clients have to count of requests of which none is left: nothing else may come
+        for hours. Their last step is counted as the message's own."""
+        waiting = {kept.client for kept in self._kept.values()}
+        for client in [one for one in self._steps if one not in waiting]:
+            made = message(COUNTS, {KEPT: [0, 0.0, self._steps.pop(client)]})
+            if (theirs := step.get(client)) is None:
+                step[client] = made
+            else:
+                theirs.outputs = [*theirs.outputs, *made.outputs]
 
     def _sift(self, client: int, outputs: list[Any], now: float) -> list[Any]:
         release = now - self._released.get(client, 0.0) > RELEASE_S
