@@ -18,8 +18,8 @@ Follows `vllm/v1/core/sched/scheduler.py` and `async_scheduler.py`; held to them
 from __future__ import annotations
 
 import copy
+import functools
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,8 +35,8 @@ from scalellm_plugins import config
 from scalellm_plugins.engine.plain import PlainOutputs
 from scalellm_plugins.errors import ConfigError
 
-from .fair import VirtualTokens
-from .waiting import FairQueue, tenant_of
+from .host import PolicyHost, lowered
+from .registry import make
 
 logger = logging.getLogger("vllm.scalellm")
 
@@ -121,13 +121,16 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # vLLM's code reads budgets from there; its own copy, so that nobody else sees them change.
+        self.scheduler_config = copy.copy(self.scheduler_config)
         self._async = isinstance(self, AsyncScheduler)
         self._reason = obstacle(self)
         self._steps: dict[int, tuple[Any, list[Any], dict[str, int]]] = {}
         """id of a `SchedulerOutput` → itself, requests that it has plainly, vLLM's share of it."""
-        self._fair: VirtualTokens | None = None
-        if config.current().scheduler.policy == "fair":
-            self._share_fairly()
+        self._host: PolicyHost | None = None
+        options = config.current().scheduler
+        if options.policy is not None or options.tpot_target_ms is not None:
+            self._follow(options)
         if self._reason:
             logger.info("scheduler: the lean step is off: %s", self._reason)
             return
@@ -137,29 +140,34 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
         self._blocks = self._manager.block_size
         self._hash_block = self._pool.hash_block_size
         self._cacheless = 0 if self._manager.enable_caching else _NEVER
-        # vLLM's code reads budgets from there; its own copy, so that nobody else sees them change.
-        self.scheduler_config = copy.copy(self.scheduler_config)
-
-    def _share_fairly(self) -> None:
-        """Have tenants take turns.
+    def _follow(self, options: config.SchedulerConfig) -> None:
+        """Have a policy say who is next, and so on.
 
         Raises:
-            ConfigError: vLLM was asked for another order.
+            ConfigError: vLLM was asked for another order, or there is no such policy.
         """
+        names = options.policy or "fcfs"
         if self.policy is not SchedulingPolicy.FCFS:
             raise ConfigError(
-                f"scalellm.scheduler.policy fair and --scheduling-policy {self.policy.value}: both "
-                "say who is next; leave one of them out"
+                f"scalellm.scheduler.policy {names} and --scheduling-policy {self.policy.value}: "
+                "both say who is next; leave one of them out"
             )
-        self._fair = VirtualTokens()
-        self.waiting = FairQueue(self._fair)
+        self._host = PolicyHost(self, functools.partial(make, names), options)
+        self.waiting = self._host.queue
 
     # Requests
 
     def add_request(self, request: Any) -> None:
         if not self._reason:
             request.scalellm_plan = _Plan(request, self.max_model_len, self._cacheless)
+        host = self._host
+        if host is None or request.request_id in self.requests:  # more input of a session
+            super().add_request(request)
+            return
+        refused = host.arrive(request)
         super().add_request(request)
+        if refused is not None:
+            host.refuse(request, refused)
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
         if not self._reason:
@@ -170,23 +178,9 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
 
     def schedule(self, throttle_prefills: bool = False) -> Any:
         """Return the next step's `SchedulerOutput`, as vLLM's would be."""
-        output = self._schedule(throttle_prefills)
-        if self._fair is not None:
-            self._charge(self._fair, output)
-        return output
-
-    def _charge(self, fair: VirtualTokens, output: Any) -> None:
-        """Charge tenants for the tokens that a step will make, and forget requests that ended."""
-        requests = self.requests
-        made = Counter(
-            tenant_of(request)
-            for request in map(requests.__getitem__, output.num_scheduled_tokens)
-            if not request.is_prefill_chunk
-        )
-        for tenant, tokens in made.items():
-            fair.serve(tenant, output=tokens)
-        if output.finished_req_ids:
-            self.waiting.forget(output.finished_req_ids)
+        if self._host is not None:
+            return self._host.schedule(throttle_prefills)
+        return self._schedule(throttle_prefills)
 
     def _schedule(self, throttle_prefills: bool) -> Any:
         if self._reason or throttle_prefills or not self._fits_now():
@@ -205,16 +199,12 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
         ]
         if hasattr(self, "max_num_active_reqs"):
             limits.append((self, "max_num_active_reqs", number))
-        before = [getattr(owner, name) for owner, name, _ in limits]
         prefix = running[:number]
         self.running = running[number:]
         try:
-            for (owner, name, less), value in zip(limits, before, strict=True):
-                owner.__dict__[name] = value - less
-            output = super().schedule(throttle_prefills)
+            with lowered(limits):
+                output = super().schedule(throttle_prefills)
         finally:
-            for (owner, name, _), value in zip(limits, before, strict=True):
-                owner.__dict__[name] = value
             self.running = prefix + self.running
         self._put_in(output, requests, lists, flags, missing)
         return output
@@ -355,6 +345,16 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Apply a step's tokens; return `EngineCoreOutputs` by client index."""
+        outputs = self._update(scheduler_output, model_runner_output)
+        if self._host is not None:
+            self._host.updated(scheduler_output)
+            for client, refused in self._host.take_refused():
+                theirs = outputs.setdefault(client, EngineCoreOutputs())
+                made = theirs.outputs
+                (made.others if type(made) is PlainOutputs else made).append(refused)
+        return outputs
+
+    def _update(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, Any]:
         step = self._steps.pop(id(scheduler_output), None)
         if step is None:
             return super().update_from_output(scheduler_output, model_runner_output)
