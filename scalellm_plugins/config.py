@@ -219,6 +219,16 @@ CHOICES: dict[str, Callable[[], Sequence[str]]] = {
 """Options that take one of a list of names; functions, so that nothing is imported before use."""
 
 
+def _check_policies(text: str) -> None:
+    from .scheduling.registry import split
+
+    split(text)
+
+
+CHECKS: dict[str, Callable[[str], None]] = {"scalellm.scheduler.policy": _check_policies}
+"""Options whose values are looked at more closely: each raises `ConfigError`."""
+
+
 def parse(raw: Mapping[str, Any]) -> Config:
     """Build a `Config` from the nested mapping that the command line, YAML or JSON gave.
 
@@ -273,6 +283,8 @@ def _value(field: msgspec.structs.FieldInfo, value: Any, path: str) -> Any:
         if converted.lower() not in valid:
             names = ", ".join(closest_first(converted, valid))
             raise ConfigError(f"{path}: {converted!r} is unknown. Valid: {names}")
+    if converted is not None and path in CHECKS:
+        CHECKS[path](converted)
     return converted
 
 

@@ -29,12 +29,15 @@ class Work:
 
     __slots__ = (
         "arrival",
+        "cached",
+        "charged",
         "computed",
         "demoted",
         "due",
         "first",
         "id",
         "level",
+        "line",
         "made",
         "most",
         "paid",
@@ -53,6 +56,8 @@ class Work:
         self.arrival = arrival
         """When it came to the server."""
         self.prompt = prompt
+        self.cached = 0
+        """Tokens of its prompt that were in the prefix cache when it came."""
         self.most = most
         """How many tokens it may have made at the end (`max_tokens`)."""
         self.tenant = "default"
@@ -78,6 +83,10 @@ class Work:
         """Class that it runs in (`priority`)."""
         self.paid = 0
         """Tokens of `made` that were charged for (`fair`)."""
+        self.charged: int | None = None
+        """Tokens of its prompt that were; None: none yet (`fair`)."""
+        self.line = 0
+        """Tokens of its tenant's prompts that came before it (`fair`)."""
         self.computed = 0
         """Tokens whose KV the engine has."""
         self.made = 0
@@ -145,7 +154,10 @@ class Policy:
         return None
 
     def order(self, work: Work) -> Any:
-        """Sort key within a group, smaller first; of equals, whoever came first."""
+        """Sort key within a group, smaller first; of equals, whoever came first.
+
+        Asked after `arrived`; must not change while the work waits, unless `demoted` does.
+        """
         return 0
 
     def first(self, heads: Mapping[Hashable, Work], now: float) -> Hashable:
