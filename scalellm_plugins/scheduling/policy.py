@@ -137,6 +137,8 @@ class Policy:
     """Whether `hopeless` may ever find one."""
     yields: bool = False
     """Whether `resting` may ever name one."""
+    paces: bool = False
+    """Whether `step_s` may ever name a time."""
 
     def __init__(self, engine: Engine, options: SchedulerConfig) -> None:
         """Prepare for one engine.
@@ -216,6 +218,11 @@ class Policy:
         """Who of `running` gets no token in this step, for the others' sake. Never all."""
         return ()
 
+    def step_s(self, running: Sequence[Work], now: float) -> float | None:
+        """How long this step may take for the sake of those that decode in it, s; None: as long
+        as it likes. The host gives prompts fewer tokens (`budget.py`); it may not be enough."""
+        return None
+
 
 class Stack(Policy):
     """Several policies, one within the other: the first decides, of equals the second, and so on.
@@ -227,7 +234,7 @@ class Stack(Policy):
         super().__init__(policies[0].engine, policies[0].options)
         self.policies = tuple(policies)
         self._preempting = [one for one in policies if one.preempts]
-        for flag in ("preempts", "ranks", "gives_up", "yields"):
+        for flag in ("preempts", "ranks", "gives_up", "yields", "paces"):
             setattr(self, flag, any(getattr(one, flag) for one in policies))
         self.name = ",".join(one.name for one in policies)
 
@@ -296,3 +303,7 @@ class Stack(Policy):
             if policy.yields:
                 rest.update(policy.resting(running, now))
         return rest if len(rest) < len(running) else ()
+
+    def step_s(self, running: Sequence[Work], now: float) -> float | None:
+        found = [one.step_s(running, now) for one in self.policies if one.paces]
+        return min((seconds for seconds in found if seconds is not None), default=None)
