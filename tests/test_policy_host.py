@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -15,116 +15,17 @@ pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
 from vllm.v1.engine import FinishReason  # noqa: E402
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT as NOTHING  # noqa: E402
 from vllm.v1.request import RequestStatus  # noqa: E402
 
-from scalellm_plugins.benchmarks.schedulers import request, scheduler  # noqa: E402
-from scalellm_plugins.engine.plain import whole  # noqa: E402
-from scalellm_plugins.scheduling import host, lean, registry  # noqa: E402
-from scalellm_plugins.scheduling.lean import LeanAsyncScheduler, LeanScheduler  # noqa: E402
 from scalellm_plugins.scheduling.policy import Policy, Verdict, Work  # noqa: E402
-from scalellm_plugins.scheduling.priority import Priority  # noqa: E402
 from scalellm_plugins.scheduling.refused import Refused  # noqa: E402
 
-from .lean_parts import Driver  # noqa: E402
-
-KINDS = {True: LeanAsyncScheduler, False: LeanScheduler}
-
-
-class Clock:
-    """The engine's clock, which stands still between steps."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    time = monotonic
+from .host_parts import Clock, Run, expected, stop_clocks  # noqa: E402
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr(host, "time", made)
-    return made
-
-
-class Run:
-    """A scheduler with a policy, its model, and what clients have got."""
-
-    def __init__(
-        self,
-        monkeypatch: pytest.MonkeyPatch,
-        policy: Any = Priority,
-        *,
-        asynchronous: bool = True,
-        options: str = '"policy": "priority"',
-        **others: Any,
-    ) -> None:
-        monkeypatch.setenv("SCALELLM_CONFIG", '{"scheduler": {%s}}' % options)  # noqa: UP031
-        monkeypatch.setattr(lean, "make", lambda _names, engine, config: policy(engine, config))
-        self.depth = 2 if asynchronous else 1
-        self.driver = Driver(scheduler(KINDS[asynchronous], asynchronous, **others))
-        self.scheduler = self.driver.scheduler
-        self.block_size = others.get("block_size", 16)
-        self.got: dict[str, list[int]] = defaultdict(list)
-        self.ends: dict[str, Any] = {}
-
-    def add(self, name: str, prompt: int = 8, most: int = 10, **more: Any) -> None:
-        priority = more.pop("priority", 0)
-        one = request(
-            name,
-            [sum(name.encode())] * prompt,
-            most,
-            block_size=self.block_size,
-            priority=priority,
-            arrival=host.time.time(),
-            ignore_eos=True,
-            **({"extra_args": more} if more else {}),
-        )
-        self.scheduler.add_request(one)
-
-    def step(self) -> Any:
-        """One turn of the engine; the step that it has scheduled."""
-        output = self.driver.schedule()
-        if self.driver.under_way and (
-            len(self.driver.under_way) >= self.depth or not output.total_num_scheduled_tokens
-        ):
-            self.hear(self.driver.update())
-        elif not output.total_num_scheduled_tokens:
-            self.hear(self.scheduler.update_from_output(output, NOTHING))
-        return output
-
-    def hear(self, outputs: dict[int, Any]) -> None:
-        for message in outputs.values():
-            for output in whole(message.outputs):
-                assert output.request_id not in self.ends, "nothing comes after the end"
-                self.got[output.request_id] += output.new_token_ids
-                if output.finish_reason is not None:
-                    self.ends[output.request_id] = output
-
-    def finish(self) -> None:
-        for _ in range(5000):
-            if not (self.scheduler.has_requests() or self.driver.under_way):
-                break
-            self.step()
-        assert not self.scheduler.requests
-        pool = self.scheduler.kv_cache_manager.block_pool
-        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "all blocks are free"
-        assert not self.scheduler._host._works, "nothing is kept of what has ended"
-        assert not self.scheduler._host.queue._number_of
-
-    def running(self) -> list[str]:
-        return [one.request_id for one in self.scheduler.running]
-
-
-def expected(name: str, prompt: int, most: int) -> list[int]:
-    """What the model of `Driver` says of a request that nobody disturbs."""
-    first = prompt
-    return [
-        random.Random(f"{name} {position}").randrange(50) for position in range(first, first + most)
-    ]
+    return stop_clocks(monkeypatch)
 
 
 both = pytest.mark.parametrize("asynchronous", [True, False])
@@ -198,7 +99,7 @@ def test_nobody_gives_way_in_vain(clock: Clock, monkeypatch: pytest.MonkeyPatch)
 
 def test_who_waits_long_enough_has_its_turn(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Always more urgent work than seats: the other waits a bounded time, and keeps its seat."""
-    run = Run(monkeypatch, sequences=2, options='"policy": "priority", "ageing_s": 10')
+    run = Run(monkeypatch, sequences=2, options={"policy": "priority", "ageing_s": 10})
     run.add("first", most=3, priority=0)
     run.add("second", most=3, priority=0)
     run.step()
@@ -223,7 +124,7 @@ def test_who_waits_long_enough_has_its_turn(clock: Clock, monkeypatch: pytest.Mo
 def test_who_was_displaced_is_not_displaced_again_at_once(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run(monkeypatch, sequences=1, options='"policy": "priority", "min_run_s": 5')
+    run = Run(monkeypatch, sequences=1, options={"policy": "priority", "min_run_s": 5})
     run.add("low", most=200, priority=5)
     run.step()
     times = []
@@ -236,7 +137,7 @@ def test_who_was_displaced_is_not_displaced_again_at_once(
             if run.scheduler.requests["low"].num_preemptions > before:
                 times.append(clock.now)
     assert len(times) >= 2
-    pauses = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert min(pauses) >= 5.0, "and longer each time"
     assert pauses == sorted(pauses)
 
@@ -392,8 +293,7 @@ def test_whatever_a_policy_says_everything_ends_whole(
 ) -> None:
     """Tokens as if undisturbed, every block free, nothing remembered; or its error, or aborted."""
     with pytest.MonkeyPatch.context() as patch:
-        clock = Clock()
-        patch.setattr(host, "time", clock)
+        clock = stop_clocks(patch)
         run = Run(
             patch,
             Chaos,

@@ -13,8 +13,8 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.request import RequestStatus
@@ -24,9 +24,14 @@ from scalellm_plugins.errors import TermError
 from .budget import PrefillBudget
 from .policy import Engine, Policy, Work
 from .refused import Refused
+from .requests import RequestWork
 from .step_times import StepTimes
+from .tenancy import Tenancy
 from .terms import Terms
 from .waiting import PolicyQueue
+
+if TYPE_CHECKING:
+    from scalellm_plugins.config import SchedulerConfig
 
 logger = logging.getLogger("vllm.scalellm")
 
@@ -37,55 +42,25 @@ come is looked at in any case."""
 AT_ONCE = 32
 """Requests for which room is made in one step, at most."""
 
-_OLDEST_S = 3600.0
-"""A request that came longer ago came from a machine with another clock."""
-
-
-class RequestWork(Work):
-    """A request of vLLM's, as policies see it."""
-
-    __slots__ = ("request",)
-
-    def __init__(self, request: Any, terms: Terms, now: float) -> None:
-        age = time.time() - request.arrival_time
-        self.request = request
-        super().__init__(
-            request.request_id,
-            arrival=now - (age if 0.0 < age < _OLDEST_S else 0.0),
-            prompt=request.num_prompt_tokens,
-            most=request.max_tokens,
-        )
-        self.priority = request.priority
-        self.tenant, self.weight = terms.tenant, terms.weight
-        self.ttft, self.tpot = terms.ttft_s, terms.tpot_s
-        if terms.deadline_s is not None:
-            self.due = self.arrival + terms.deadline_s
-
-    # vLLM counts these; a policy that does not ask pays nothing for them.
-
-    @property
-    def computed(self) -> int:  # type: ignore[override]
-        """Tokens whose KV the engine has, or will have after the steps under way."""
-        return int(self.request.num_computed_tokens)
-
-    @computed.setter
-    def computed(self, value: int) -> None:
-        pass
-
-    @property
-    def made(self) -> int:  # type: ignore[override]
-        """Tokens generated so far."""
-        return len(self.request._output_token_ids)
-
-    @made.setter
-    def made(self, value: int) -> None:
-        pass
-
 
 class PolicyHost:
-    """One scheduler's policy. `scheduler` is a `LeanScheduler`."""
+    """One scheduler's policy.
 
-    def __init__(self, scheduler: Any, make: Any, options: Any) -> None:
+    Args:
+        scheduler: a `LeanScheduler`.
+        make: makes the policy of an `Engine` and the options.
+        options: the section `scheduler`.
+        tenants: whether requests may bring limits of their tenants.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        make: Callable[[Engine, SchedulerConfig], Policy],
+        options: SchedulerConfig,
+        *,
+        tenants: bool = False,
+    ) -> None:
         self._scheduler = scheduler
         pool = scheduler.kv_cache_manager.block_pool
         own = scheduler.scheduler_config
@@ -98,17 +73,19 @@ class PolicyHost:
             times=self.times,
         )
         self._pool = pool
+        self._locality = options.locality_tokens > 0 and pool.enable_caching
         self._block = scheduler.block_size
         self.policy: Policy = make(engine, options)
         target = options.tpot_target_ms
         self._budget: PrefillBudget | None = None
-        if target is not None:
+        if target is not None or self.policy.paces:
             if own.enable_chunked_prefill:
-                self._budget = PrefillBudget(target / 1e3, engine)
-            else:
+                self._budget = PrefillBudget(None if target is None else target / 1e3, engine)
+            elif target is not None:
                 logger.warning("scheduler.tpot_target_ms: no effect, as prompts are not chunked")
         self._works: dict[str, RequestWork] = {}
-        self.queue = PolicyQueue(self.policy, self._work_of, self._account)
+        self.tenancy = Tenancy(scheduler, self._works) if tenants else None
+        self.queue = PolicyQueue(self.policy, self._work_of, self._account, self.tenancy)
         self._looked = 0.0
         self._unseen: list[Any] = []
         """Requests that came since it was last looked who cannot make it."""
@@ -132,10 +109,21 @@ class PolicyHost:
             terms = Terms.of(getattr(request.sampling_params, "extra_args", None))
         except TermError as error:  # our own frontend has looked before; vLLM's does not
             refused = Refused(400, str(error))
-        self._works[request.request_id] = RequestWork(request, terms, time.monotonic())
-        if self.policy.gives_up:
+        now = time.monotonic()
+        work = self._works[request.request_id] = RequestWork(request, terms, now)
+        if self._locality:
+            work.cached = self._cached(request)
+        if refused is None and self.tenancy is not None:
+            refused = self.tenancy.arrived(work, now)
+        if refused is None and self.policy.gives_up:
             self._unseen.append(request)
         return refused
+
+    def _cached(self, request: Any) -> int:
+        """Tokens of a prompt that are in the prefix cache now. Takes and touches no block."""
+        find, hashes = self._pool.get_cached_block, request.block_hashes
+        known = next((n for n, one in enumerate(hashes) if find(one, [0]) is None), len(hashes))
+        return known * int(self._pool.hash_block_size)
 
     def refuse(self, request: Any, refused: Refused) -> None:
         """End a request of which nothing was made, and tell its client why."""
@@ -163,6 +151,8 @@ class PolicyHost:
                 self.policy.account((work,), now)
                 self.policy.ended(work, now)
                 self.queue.forget(id_)
+                if self.tenancy is not None:
+                    self.tenancy.ended(work, now)
 
     # A step
 
@@ -175,7 +165,10 @@ class PolicyHost:
             self._note_first_tokens(now)
         if policy.gives_up:
             self._give_up(now)
-        if policy.preempts and len(self.queue):
+        tenancy = self.tenancy
+        if tenancy is not None:
+            self._preempt(tenancy.begin(now), now)
+        if len(self.queue) and (policy.preempts or tenancy is not None):
             self._make_room(now)
         with contextlib.ExitStack() as stack:
             if policy.yields:
@@ -189,8 +182,7 @@ class PolicyHost:
     def _note(self, output: Any, now: float) -> None:
         """Take note of what a step has begun and what has ended before it."""
         if output.scheduled_new_reqs or output.scheduled_cached_reqs.resumed_req_ids:
-            admitted = [new.req_id for new in output.scheduled_new_reqs]
-            self._new += [self._works[id_] for id_ in admitted]
+            self._new += [self._works[one.req_id] for one in output.scheduled_new_reqs]
             if self.policy.ranks:
                 rank, works = self.policy.rank, self._works
                 # vLLM preempts from the end when it runs out of blocks.
@@ -222,8 +214,6 @@ class PolicyHost:
                 seconds = now - max(began, self._ended_at)
                 self._ended_at = now
                 self.times.observe(*shape, seconds)
-                if self._budget is not None:
-                    self._budget.measured(*shape, seconds)
                 return
 
     def _note_first_tokens(self, now: float) -> None:
@@ -269,11 +259,16 @@ class PolicyHost:
             for victim in victims:
                 running.remove(victim)
                 free += self._held(victim)
-                scheduler.running.remove(victim.request)
-                self.policy.account((victim,), now)
-                scheduler._preempt_request(victim.request, now)
+            self._preempt(victims, now)
             seats += len(victims) - 1
             free -= need
+
+    def _preempt(self, victims: Sequence[RequestWork], now: float) -> None:
+        scheduler = self._scheduler
+        for work in victims:
+            scheduler.running.remove(work.request)
+            self.policy.account((work,), now)
+            scheduler._preempt_request(work.request, now)
 
     def _victims(
         self, work: Work, running: Sequence[RequestWork], seats: int, free: int, now: float
@@ -282,9 +277,12 @@ class PolicyHost:
 
         Its prompt may be in the prefix cache, and need fewer blocks: that shows when vLLM looks.
         """
-        left, victims = list(running), []
+        left = list(running)
+        victims: list[RequestWork] = []
         while seats <= 0 or free < 0:
-            victim = self.policy.victim(work, left, now)
+            victim = self.policy.victim(work, left, now) if self.policy.preempts else None
+            if victim is None and self.tenancy is not None and seats > 0:
+                victim = self.tenancy.victim(work, left, free, now)
             if victim is None or not self._can_go(victim):
                 return None
             assert isinstance(victim, RequestWork)
@@ -345,9 +343,13 @@ class PolicyHost:
             # Decodes come first: what is left of the step is the prompts'.
             chunks = [one for one in scheduler.running if one.is_prefill_chunk]
             scheduler.running = decoded + chunks
-        context = sum(one.num_computed_tokens for one in decoded)
+        target = None
+        if self.policy.paces and decoded:
+            works = [self._works[one.request_id] for one in decoded]
+            target = self.policy.step_s(works, now)
+        context = sum([one.num_computed_tokens for one in decoded])
         most = scheduler.max_num_scheduled_tokens
-        less = most - len(decoded) - budget.tokens(len(decoded), context, now)
+        less = most - len(decoded) - budget.tokens(len(decoded), context, now, target)
         with lowered([(scheduler, "max_num_scheduled_tokens", less)] if less > 0 else []):
             yield
 

@@ -128,9 +128,7 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
         self._steps: dict[int, tuple[Any, list[Any], dict[str, int]]] = {}
         """id of a `SchedulerOutput` → itself, requests that it has plainly, vLLM's share of it."""
         self._host: PolicyHost | None = None
-        options = config.current().scheduler
-        if options.policy is not None or options.tpot_target_ms is not None:
-            self._follow(options)
+        self._follow(config.current())
         if self._reason:
             logger.info("scheduler: the lean step is off: %s", self._reason)
             return
@@ -140,19 +138,27 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
         self._blocks = self._manager.block_size
         self._hash_block = self._pool.hash_block_size
         self._cacheless = 0 if self._manager.enable_caching else _NEVER
-    def _follow(self, options: config.SchedulerConfig) -> None:
-        """Have a policy say who is next, and so on.
+
+    def _follow(self, options: config.Config) -> None:
+        """Have a policy say who is next, and so on, where that is not what vLLM does anyway.
 
         Raises:
-            ConfigError: vLLM was asked for another order, or there is no such policy.
+            ConfigError: vLLM was asked for another order, or the policy cannot be made.
         """
-        names = options.policy or "fcfs"
+        own = options.scheduler
+        tenants = options.frontend.tenants is not None
+        if own.policy in (None, "fcfs") and own.tpot_target_ms is None and not tenants:
+            return
+        names = own.policy or "fcfs"
         if self.policy is not SchedulingPolicy.FCFS:
+            if own.policy is None and own.tpot_target_ms is None:
+                logger.info("scheduler: no limits of tenants with --scheduling-policy")
+                return
             raise ConfigError(
                 f"scalellm.scheduler.policy {names} and --scheduling-policy {self.policy.value}: "
                 "both say who is next; leave one of them out"
             )
-        self._host = PolicyHost(self, functools.partial(make, names), options)
+        self._host = PolicyHost(self, functools.partial(make, names), own, tenants=tenants)
         self.waiting = self._host.queue
 
     # Requests
@@ -345,7 +351,7 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Apply a step's tokens; return `EngineCoreOutputs` by client index."""
-        outputs = self._update(scheduler_output, model_runner_output)
+        outputs: dict[int, Any] = self._update(scheduler_output, model_runner_output)
         if self._host is not None:
             self._host.updated(scheduler_output)
             for client, refused in self._host.take_refused():
@@ -354,7 +360,7 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
                 (made.others if type(made) is PlainOutputs else made).append(refused)
         return outputs
 
-    def _update(self, scheduler_output: Any, model_runner_output: Any) -> dict[int, Any]:
+    def _update(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         step = self._steps.pop(id(scheduler_output), None)
         if step is None:
             return super().update_from_output(scheduler_output, model_runner_output)

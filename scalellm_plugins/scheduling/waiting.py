@@ -10,11 +10,14 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import chain, count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.request_queue import RequestQueue
 
 from .policy import Policy, Work
+
+if TYPE_CHECKING:
+    from .tenancy import Tenancy
 
 _Entry = tuple[Any, int, Any]
 """Sort key, number of arrival, request: the number decides before requests are compared."""
@@ -27,7 +30,7 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]
         policy: whose order it is.
         work_of: what the policy knows of a request.
         account: tell the policy what running work has made; asked before it chooses.
-        allows: whether work may begin to run now, whatever its turn; None: any may.
+        tenancy: limits of tenants, whatever their turn; None: there are none.
     """
 
     def __init__(
@@ -35,14 +38,14 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]
         policy: Policy,
         work_of: Callable[[Any], Work],
         account: Callable[[float], None],
-        allows: Callable[[Work, float], bool] | None = None,
+        tenancy: Tenancy | None = None,
     ) -> None:
         self.now = 0.0
         """The step's time: peek and pop agree only where it is the same for both."""
         self._policy = policy
         self._work_of = work_of
         self._account = account
-        self._allows = allows
+        self._tenancy = tenancy
         self._numbers = count()
         self._number_of: dict[str, int] = {}
         self._groups: dict[tuple[Hashable, Hashable], list[_Entry]] = {}
@@ -68,8 +71,8 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]
     def _choose(
         self, heads: dict[tuple[Hashable, Hashable], _Entry]
     ) -> tuple[Hashable, Hashable] | None:
-        if self._allows is not None:
-            allows, work_of = self._allows, self._work_of
+        if self._tenancy is not None:
+            allows, work_of = self._tenancy.allows, self._work_of
             heads = {key: e for key, e in heads.items() if allows(work_of(e[2]), self.now)}
         if len(heads) < 2:
             return next(iter(heads), None)
@@ -120,7 +123,7 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]
         self._next = None
 
     def _key(self, work: Work) -> tuple[Hashable, Hashable]:
-        return self._policy.group(work), work.tenant if self._allows is not None else None
+        return self._policy.group(work), work.tenant if self._tenancy is not None else None
 
     def peek_request(self) -> Any:
         """Return the request whose turn it is.
@@ -147,6 +150,8 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]
         work = self._work_of(request)
         work.since = self.now
         self._policy.admitted(work, self.now)
+        if self._tenancy is not None:
+            self._tenancy.started(work, self.now)
         return request
 
     def _left(self, key: tuple[Hashable, Hashable]) -> None:
@@ -159,18 +164,22 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]
     def prepend_request(self, request: Any) -> None:
         """Put a request back that was preempted."""
         work = self._work_of(request)
-        work.since = None
         work.preemptions += 1
         self._policy.preempted(work, self.now)
-        self._insert(request)
+        self._returned(work, request)
 
     def prepend_requests(self, requests: Iterable[Any]) -> None:
         """Put back what was taken out and could not be scheduled."""
         for request in requests:
             work = self._work_of(request)
-            work.since = None
             self._policy.withdrawn(work, self.now)
-            self._insert(request)
+            self._returned(work, request)
+
+    def _returned(self, work: Work, request: Any) -> None:
+        work.since = None
+        if self._tenancy is not None:
+            self._tenancy.stopped(work, self.now)
+        self._insert(request)
 
     def remove_request(self, request: Any) -> None:
         """Take a request out.
