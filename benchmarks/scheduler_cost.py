@@ -9,19 +9,24 @@ apart, in µs per running request and step; the schedulers take turns, a round e
 
 "lean" makes vLLM's objects for the outputs, "columns" what the shared-memory layer takes instead.
 With `--arrivals P` a new request comes, and the oldest is aborted, in P percent of the steps.
+With `--policies fair,priority` there is a row for each, as "columns" with that policy.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import random
 import statistics
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from scalellm_plugins import config
 
 PROMPT, LONGEST = 128, 4096
 
@@ -36,6 +41,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of each scheduler")
     parser.add_argument("--steps", type=int, default=200, help="that are timed, per round")
     parser.add_argument("--arrivals", type=float, default=0.0, help="per 100 steps")
+    parser.add_argument("--policies", default="", help="of ours, to measure beside them")
     parser.add_argument("--sync", action="store_true", help="synchronous scheduling")
     parser.add_argument("--output", type=Path, help="write the results there, as JSON")
     options = parser.parse_args()
@@ -54,6 +60,7 @@ def main() -> None:
         record = {
             "command": f"scheduler_cost --running {options.running} "
             f"--rounds {options.rounds} --steps {options.steps} --arrivals {options.arrivals}"
+            f"{f' --policies {options.policies}' if options.policies else ''}"
             f"{' --sync' if options.sync else ''}",
             "us_per_request_and_step": results,
         }
@@ -70,10 +77,13 @@ def measure(running: int, options: argparse.Namespace) -> dict[str, dict[str, fl
     upstream = Scheduler if options.sync else AsyncScheduler
     kinds = {"vllm": (upstream, False), "lean": (lean(upstream), False)}
     kinds["columns"] = (lean(upstream), True)
+    policies = [name for name in options.policies.split(",") if name]
+    kinds |= {name: (lean(upstream), True) for name in policies}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
     for number in range(options.rounds):
         for name, (kind, columns) in kinds.items():
-            times[name].append(_round(kind, columns, running, options, number))
+            with _policy(name if name in policies else None):
+                times[name].append(_round(kind, columns, running, options, number))
     return {
         name: {
             "schedule": statistics.median(one for one, _ in pairs),
@@ -81,6 +91,17 @@ def measure(running: int, options: argparse.Namespace) -> dict[str, dict[str, fl
         }
         for name, pairs in times.items()
     }
+
+
+@contextlib.contextmanager
+def _policy(name: str | None) -> Iterator[None]:
+    """Have schedulers that are made now follow a policy."""
+    before = config.raw_from_env()
+    config.raw_to_env({"scheduler": {"policy": name}} if name else {})
+    try:
+        yield
+    finally:
+        config.raw_to_env(before)
 
 
 def _round(

@@ -23,7 +23,7 @@ from scalellm_plugins.scheduling.lean import (  # noqa: E402
     LeanAsyncScheduler,
     LeanScheduler,
 )
-from scalellm_plugins.scheduling.waiting import FairQueue  # noqa: E402
+from scalellm_plugins.scheduling.waiting import PolicyQueue  # noqa: E402
 
 from .lean_parts import Driver, plain, said, state  # noqa: E402
 
@@ -210,14 +210,14 @@ def test_one_tenant_is_served_as_by_vllm(
     """Arrivals, preemption, aborts: first come, first served."""
     fairly(monkeypatch)
     both = Lockstep(asynchronous, blocks=24, block_size=4, sequences=6, budget=64, longest=60)
-    assert isinstance(both.drivers[1].scheduler.waiting, FairQueue)
+    assert isinstance(both.drivers[1].scheduler.waiting, PolicyQueue)
     for number in range(60):
         both.add([number % 7] * (1 + number % 20), 1 + number % 30, ignore_eos=True)
         both.step(2 if asynchronous else 1)
         if number % 9 == 8:
             both.abort([number, number // 2])
     both.finish(2 if asynchronous else 1)
-    assert not both.drivers[1].scheduler.waiting._charged
+    assert not both.lean._host._works
 
 
 def test_who_floods_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
