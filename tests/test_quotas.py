@@ -61,15 +61,16 @@ def test_limits_are_read_and_nonsense_is_none() -> None:
 
 def test_without_limits_nothing_is_looked_at() -> None:
     made = Quotas(BLOCKS, BLOCK)
-    made.note("a", NONE, 0.0)
+    assert not made.note("a", NONE, 0.0)
     assert not made.limited
     assert not made._tenants
     assert made.refusal(work("x", prompt=10**6), 0.0) is None
     assert made.allows(work("x"), 1000, 0, 0.0)
-    made.note("a", TenantLimits(max_running=1), 0.0)
+    assert made.note("a", TenantLimits(max_running=1), 0.0)
+    assert not made.note("a", TenantLimits(max_running=1), 0.0)
     assert made.limited
     assert not made.counts_blocks
-    made.note("a", NONE, 0.0)
+    assert made.note("a", NONE, 0.0)
     assert not made.limited, "the last told wins"
 
 

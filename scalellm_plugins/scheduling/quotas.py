@@ -139,14 +139,14 @@ class Quotas:
         """Blocks that were promised and are not in a table yet."""
         self._sweep = _IDLE
 
-    def note(self, tenant: str, limits: TenantLimits, now: float) -> None:
-        """These are a tenant's limits from now on."""
+    def note(self, tenant: str, limits: TenantLimits, now: float) -> bool:
+        """These are a tenant's limits from now on; return whether they are others than before."""
         known = self._tenants.get(tenant)
         if limits is NONE and known is None:
-            return
+            return False
         known = known or self._tenant(tenant, now)
         if limits == known.limits:
-            return
+            return False
         # A bucket keeps what was taken out of it.
         before = known.limits.tokens_per_minute
         taken = 0.0 if before is None else before - known.refill(now)
@@ -158,6 +158,7 @@ class Quotas:
         else:
             self._floors.pop(tenant, None)
         self._look_who_is_limited()
+        return True
 
     def floor_blocks(self) -> dict[str, int]:
         """Floors in blocks by tenant, for those that have one; scaled if they exceed all."""
