@@ -231,7 +231,7 @@ class Quotas:
         tenant = self._floors.get(work.tenant)
         if tenant is None:
             return False
-        return tenant.used + blocks <= self._active(now, work.tenant).get(work.tenant, 0)
+        return tenant.used + blocks <= self._active(now).get(work.tenant, 0)
 
     def gives_way(self, work: Work, blocks: int, free: int, now: float) -> str | None:
         """Whose running work has to be preempted so that guaranteed work can run.
@@ -241,11 +241,11 @@ class Quotas:
         """
         if free - self._pending >= blocks or not self.guaranteed(work, blocks, now):
             return None
-        floors = self._active(now, work.tenant)
+        floors = self._active(now)
         beyond = {
             name: tenant.used - floors.get(name, 0)
             for name, tenant in self._tenants.items()
-            if tenant.running and name != work.tenant
+            if tenant.running
         }
         name = max(beyond, key=beyond.__getitem__, default=None)
         return name if name is not None and beyond[name] > 0 else None
@@ -331,13 +331,13 @@ class Quotas:
         share = tenant.limits.ceiling
         return self.blocks if share is None else max(1, int(share * self.blocks))
 
-    def _active(self, now: float, asks: str) -> dict[str, int]:
-        """Floors in blocks of the tenants that they are held for; whoever asks is one."""
+    def _active(self, now: float) -> dict[str, int]:
+        """Floors in blocks of the tenants that they are held for."""
         return self._scaled(
             {
                 name: tenant
                 for name, tenant in self._floors.items()
-                if tenant.works or name == asks or now - tenant.seen <= self.hold_s
+                if tenant.works or now - tenant.seen <= self.hold_s
             }
         )
 
@@ -349,7 +349,7 @@ class Quotas:
         """Blocks that floors of others have still to get."""
         return sum(
             max(0, blocks - self._floors[name].used)
-            for name, blocks in self._active(now, beside).items()
+            for name, blocks in self._active(now).items()
             if name != beside
         )
 
