@@ -22,10 +22,10 @@ from scalellm_plugins.errors import ContractError, UnsupportedVLLMError
 from . import contracts, live
 from .catalog import PATCHES, Patch, When
 from .ipc_seams import IPC_SEAMS
-from .kept_seams import KEPT_BLOCKS
 from .lane_seams import FAST_LANE
 from .live import MARK
 from .planned_seams import PLANNED
+from .prefix_seams import PREFIXES
 from .seams import READY, Entry, Seam
 from .shared_seams import WORKERS
 from .sources import Source
@@ -47,7 +47,7 @@ __all__ = [
 
 logger = logging.getLogger("vllm.scalellm")  # below "vllm": its handlers and its level
 
-SEAMS: tuple[Seam, ...] = (*READY, *FAST_LANE, *WORKERS, *IPC_SEAMS, *KEPT_BLOCKS, *PLANNED)
+SEAMS: tuple[Seam, ...] = (*READY, *FAST_LANE, *WORKERS, *IPC_SEAMS, *PREFIXES, *PLANNED)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler  # noqa: E402
 from vllm.v1.request import RequestStatus  # noqa: E402
 
 from scalellm_plugins.benchmarks.schedulers import request, scheduler  # noqa: E402
+from scalellm_plugins.scheduling.cached_prefix import cached_tokens  # noqa: E402
 from scalellm_plugins.scheduling.fair import TENANT  # noqa: E402
 from scalellm_plugins.scheduling.kept_blocks import KeptBlocks, keep_blocks  # noqa: E402
 from scalellm_plugins.scheduling.lean import LeanAsyncScheduler  # noqa: E402
@@ -249,6 +250,21 @@ def test_what_is_freed_for_no_request_is_nobodys() -> None:
     burst.run("mine", PREFIX)
     assert kept.kept("mine") == 3
     assert kept.tenant is None
+
+
+def test_a_prefix_is_looked_up_as_it_would_be_found() -> None:
+    burst = Burst(AsyncScheduler)
+    burst.run("mine", PREFIX)
+    before = state(burst.driver.scheduler)
+    for prompt in (PREFIX, PREFIX[:13], [*PREFIX[:10], 1, 2, 3], [9] * 20, [1]):
+        asks = request("asks", prompt, 1, block_size=SIZE)
+        found = cached_tokens(burst.manager, asks)
+        assert state(burst.driver.scheduler) == before, "it moves nothing"
+        assert found == Burst.run(burst, "mine", prompt), prompt
+        before = state(burst.driver.scheduler)
+    asks = request("asks", PREFIX, 1, block_size=SIZE, prompt_logprobs=1)
+    assert cached_tokens(burst.manager, asks) == 0, "all of its prompt is computed"
+    assert cached_tokens(scheduler(AsyncScheduler, True, caching=False).kv_cache_manager, asks) == 0
 
 
 def test_ones_own_burst_evicts_ones_own_prefixes() -> None:

@@ -57,7 +57,7 @@ class Work:
         """When it came to the server."""
         self.prompt = prompt
         self.cached = 0
-        """Tokens of its prompt that were in the prefix cache when it came."""
+        """Tokens of its prompt in the prefix cache, as last looked up (see `wants_cached`)."""
         self.most = most
         """How many tokens it may have made at the end (`max_tokens`)."""
         self.tenant = "default"
@@ -86,7 +86,7 @@ class Work:
         self.charged: int | None = None
         """Tokens of its prompt that were; None: none yet (`fair`)."""
         self.line = 0
-        """Tokens of its tenant's prompts that came before it (`fair`)."""
+        """Its place among its tenant's, in tokens of prompts that came before it (`fair`)."""
         self.computed = 0
         """Tokens whose KV the engine has."""
         self.made = 0
@@ -137,6 +137,9 @@ class Policy:
     """Whether `hopeless` may ever find one."""
     yields: bool = False
     """Whether `resting` may ever name one."""
+    wants_cached: bool = False
+    """Whether `Work.cached` matters: it is then looked up before `arrived`, and before `first` for
+    the heads."""
 
     def __init__(self, engine: Engine, options: SchedulerConfig) -> None:
         """Prepare for one engine.
@@ -227,7 +230,7 @@ class Stack(Policy):
         super().__init__(policies[0].engine, policies[0].options)
         self.policies = tuple(policies)
         self._preempting = [one for one in policies if one.preempts]
-        for flag in ("preempts", "ranks", "gives_up", "yields"):
+        for flag in ("preempts", "ranks", "gives_up", "yields", "wants_cached"):
             setattr(self, flag, any(getattr(one, flag) for one in policies))
         self.name = ",".join(one.name for one in policies)
 

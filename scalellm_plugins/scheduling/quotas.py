@@ -112,9 +112,10 @@ class Quotas:
     """The limits of all tenants of one engine, and what they have of it.
 
     For one request the host calls: `note`, `refusal`; if that is None `arrived`, then (`allows`,
-    `started`, `holds`*, `stopped`)*, `ended`. Unless `limited` is true, none of it is needed but
-    `note` (work that it was not told of, it ignores); unless `counts_blocks` is, `holds` and
-    `over_ceiling` are not.
+    `started`, `holds`*, `stopped`)*, `ended`. What happens is always told, so that limits which
+    come later find everything counted: `arrived`, `started`, `stopped`, `ended`, a microsecond
+    each. The rest is needed only while `limited` is true, and `holds`, `gives_way` and
+    `over_ceiling` only while `counts_blocks` is. Work that it was not told of, it ignores.
 
     Args:
         blocks: KV blocks that requests can have.

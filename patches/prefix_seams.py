@@ -1,4 +1,4 @@
-"""Seams of blocks that are kept for tenants: vLLM's queue of free blocks, and who calls it.
+"""Seams of the prefix cache: blocks that are kept for tenants, prefixes that are looked up.
 
 Pure data.
 """
@@ -23,7 +23,7 @@ def _queue(method: str, *parameters: str) -> Target:
     )
 
 
-KEPT_BLOCKS: tuple[Seam, ...] = (
+PREFIXES: tuple[Seam, ...] = (
     Seam(
         name="free_block_queue",
         feature="scheduler",
@@ -83,6 +83,28 @@ KEPT_BLOCKS: tuple[Seam, ...] = (
                 module=_POOL,
                 qualname="BlockPool.get_num_free_blocks",
                 reads=("self.free_block_queue.num_free_blocks",),
+            ),
+        ),
+    ),
+    Seam(
+        name="prefix_lookup",
+        feature="scheduler",
+        why="among tenants, whoever has the longest prefix in the cache may be next",
+        targets=(
+            Target(
+                module=_MANAGER,
+                qualname="KVCacheManager.__init__",
+                assigns=("self.coordinator", "self.enable_caching"),
+            ),
+            Target(
+                module="vllm.v1.core.kv_cache_coordinator",
+                qualname="UnitaryKVCacheCoordinator.find_longest_cache_hit",
+                parameters=("block_hashes", "max_cache_hit_length"),
+            ),
+            Target(
+                module="vllm.v1.request",
+                qualname="Request.__init__",
+                assigns=("self.block_hashes", "self.skip_reading_prefix_cache"),
             ),
         ),
     ),
