@@ -117,7 +117,6 @@ class Fair(Policy):
         super().__init__(engine, options)
         self.counters = VirtualTokens(options.prompt_weight, options.output_weight)
         self._quantum = options.locality_tokens
-        self.wants_cached = self._quantum > 0
         self._lines: dict[str, int] = {}
         """Tokens of prompts that have come, by tenant; only with locality."""
         self._level = 0.0

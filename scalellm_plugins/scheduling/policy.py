@@ -57,7 +57,7 @@ class Work:
         """When it came to the server."""
         self.prompt = prompt
         self.cached = 0
-        """Tokens of its prompt in the prefix cache, as last looked up (see `wants_cached`)."""
+        """Tokens of its prompt in the prefix cache, as last looked up (with `locality_tokens`)."""
         self.most = most
         """How many tokens it may have made at the end (`max_tokens`)."""
         self.tenant = "default"
@@ -137,9 +137,6 @@ class Policy:
     """Whether `hopeless` may ever find one."""
     yields: bool = False
     """Whether `resting` may ever name one."""
-    wants_cached: bool = False
-    """Whether `Work.cached` matters: it is then looked up before `arrived`, and before `first` for
-    the heads."""
 
     def __init__(self, engine: Engine, options: SchedulerConfig) -> None:
         """Prepare for one engine.
@@ -230,7 +227,7 @@ class Stack(Policy):
         super().__init__(policies[0].engine, policies[0].options)
         self.policies = tuple(policies)
         self._preempting = [one for one in policies if one.preempts]
-        for flag in ("preempts", "ranks", "gives_up", "yields", "wants_cached"):
+        for flag in ("preempts", "ranks", "gives_up", "yields"):
             setattr(self, flag, any(getattr(one, flag) for one in policies))
         self.name = ",".join(one.name for one in policies)
 

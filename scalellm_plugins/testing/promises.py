@@ -27,7 +27,6 @@ class Checked(Policy):
         self.name = policy.name
         self.preempts, self.ranks = policy.preempts, policy.ranks
         self.gives_up, self.yields = policy.gives_up, policy.yields
-        self.wants_cached = policy.wants_cached
         self._questions = 0
         self._places: dict[str, tuple[bool, Hashable, Any]] = {}
         """Where work waits: whether it was demoted, its group and its order."""
