@@ -25,6 +25,7 @@ from .ipc_seams import IPC_SEAMS
 from .lane_seams import FAST_LANE
 from .live import MARK
 from .planned_seams import PLANNED
+from .prefix_seams import PREFIXES
 from .scheduler_seams import SCHEDULER_SEAMS
 from .seams import READY, Entry, Seam
 from .shared_seams import WORKERS
@@ -47,7 +48,10 @@ __all__ = [
 
 logger = logging.getLogger("vllm.scalellm")  # below "vllm": its handlers and its level
 
-SEAMS: tuple[Seam, ...] = (*READY, *FAST_LANE, *WORKERS, *IPC_SEAMS, *SCHEDULER_SEAMS, *PLANNED)
+SEAMS: tuple[Seam, ...] = (
+    *(*READY, *FAST_LANE, *WORKERS, *IPC_SEAMS, *SCHEDULER_SEAMS, *PREFIXES),
+    *PLANNED,
+)
 
 
 @dataclass(frozen=True)

@@ -323,6 +323,31 @@ def test_what_is_in_the_cache_is_not_charged() -> None:
     assert policy.counters.served("a") == 0, "what was charged is given back"
 
 
+def test_with_room_for_one_prefix_locality_uses_it_and_stays_fair() -> None:
+    """Two tenants, a prefix each, a cache that holds the last one: turns would miss every time."""
+    hits = {}
+    for locality in (0, 2000):
+        policy = fair_policy(locality_tokens=locality)
+        heads, cache, hits[locality], served = {}, "", 0, dict.fromkeys("ab", 0.0)
+        for number in range(400):
+            for tenant in "ab":
+                if tenant not in heads:
+                    others = set(heads)
+                    heads[tenant] = arrive(policy, f"{tenant}{number}", tenant, others, prompt=100)
+            for tenant, work in heads.items():
+                work.cached = 90 if tenant == cache else 0
+            cache = str(policy.first(heads, 0.0))
+            work = heads.pop(cache)
+            hits[locality] += work.cached > 0
+            policy.admitted(work, 0.0)
+            work.made = 10
+            policy.account([work], 0.0)
+            served[cache] += 100 - (work.cached if locality else 0) + OUTPUT_WEIGHT * work.made
+            assert abs(served["a"] - served["b"]) <= 120 + locality
+    assert hits[0] == 0
+    assert hits[2000] > 380
+
+
 @given(
     st.integers(1, 200),
     st.lists(st.tuples(st.integers(1, 60), st.integers(0, 60)), min_size=2, max_size=30),
@@ -335,6 +360,10 @@ def test_a_request_overtakes_so_many_tokens_and_no_more(
         arrive(policy, str(number), "a", {"a"}, prompt=prompt, cached=min(cached, prompt))
         for number, (prompt, cached) in enumerate(sizes)
     ]
+    before = [policy.order(work) for work in works]
+    for work in works:
+        work.cached = 0  # looked up again
+    assert [policy.order(work) for work in works] == before
     order = sorted(works, key=policy.order)
     for place, work in enumerate(order):
         for other in order[place + 1 :]:

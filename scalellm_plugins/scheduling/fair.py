@@ -105,12 +105,10 @@ class Fair(Policy):
 
     - whoever waits with at most Q more than the lowest counter may be next, and of those the one
       with the longest prefix in the cache is;
-    - a request may overtake at most Q tokens of prompts of its own tenant, so that what nobody
-      shares does not starve behind what many do;
+    - a request with a prefix in the cache when it comes may overtake at most Q tokens of prompts
+      of its own tenant, so that what nobody shares does not starve behind what many do;
     - a prompt's tokens that are in the cache are not charged, as in that paper: what counts is
       what was computed.
-
-    The host sets `Work.cached` before `arrived`.
     """
 
     name = "fair"
@@ -128,7 +126,7 @@ class Fair(Policy):
         return work.tenant
 
     def order(self, work: Work) -> Any:
-        return work.line - min(work.cached, self._quantum)
+        return work.line  # fixed when it came, whatever is evicted or cached meanwhile
 
     def first(self, heads: Mapping[Hashable, Work], now: float) -> Hashable:
         if len(heads) == 1:
@@ -148,8 +146,9 @@ class Fair(Policy):
         if self._quantum:
             if len(self._lines) > MOST + len(waiting):
                 self._lines = {one: tokens for one, tokens in self._lines.items() if one in waiting}
-            work.line = self._lines.get(tenant, 0)
-            self._lines[tenant] = work.line + work.prompt
+            before = self._lines.get(tenant, 0)
+            self._lines[tenant] = before + work.prompt
+            work.line = before - min(work.cached, self._quantum)
 
     def admitted(self, work: Work, now: float) -> None:
         tenant = work.tenant

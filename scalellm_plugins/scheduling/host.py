@@ -22,6 +22,7 @@ from vllm.v1.request import RequestStatus
 from scalellm_plugins.errors import TermError
 
 from .budget import PrefillBudget
+from .cached_prefix import cached_tokens
 from .policy import Engine, Policy, Work
 from .refused import Refused
 from .requests import RequestWork
@@ -73,7 +74,7 @@ class PolicyHost:
             times=self.times,
         )
         self._pool = pool
-        self._locality = options.locality_tokens > 0 and pool.enable_caching
+        self._locality = options.locality_tokens > 0
         self._block = scheduler.block_size
         self.policy: Policy = make(engine, options)
         target = options.tpot_target_ms
@@ -112,18 +113,12 @@ class PolicyHost:
         now = time.monotonic()
         work = self._works[request.request_id] = RequestWork(request, terms, now)
         if self._locality:
-            work.cached = self._cached(request)
+            work.cached = cached_tokens(self._scheduler.kv_cache_manager, request)
         if refused is None and self.tenancy is not None:
             refused = self.tenancy.arrived(work, now)
         if refused is None and self.policy.gives_up:
             self._unseen.append(request)
         return refused
-
-    def _cached(self, request: Any) -> int:
-        """Tokens of a prompt that are in the prefix cache now. Takes and touches no block."""
-        find, hashes = self._pool.get_cached_block, request.block_hashes
-        known = next((n for n, one in enumerate(hashes) if find(one, [0]) is None), len(hashes))
-        return known * int(self._pool.hash_block_size)
 
     def refuse(self, request: Any, refused: Refused) -> None:
         """End a request of which nothing was made, and tell its client why."""

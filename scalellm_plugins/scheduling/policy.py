@@ -57,7 +57,7 @@ class Work:
         """When it came to the server."""
         self.prompt = prompt
         self.cached = 0
-        """Tokens of its prompt that were in the prefix cache when it came."""
+        """Tokens of its prompt in the prefix cache, as last looked up (with `locality_tokens`)."""
         self.most = most
         """How many tokens it may have made at the end (`max_tokens`)."""
         self.tenant = "default"
@@ -86,7 +86,7 @@ class Work:
         self.charged: int | None = None
         """Tokens of its prompt that were; None: none yet (`fair`)."""
         self.line = 0
-        """Tokens of its tenant's prompts that came before it (`fair`)."""
+        """Its place among its tenant's, in tokens of prompts that came before it (`fair`)."""
         self.computed = 0
         """Tokens whose KV the engine has."""
         self.made = 0

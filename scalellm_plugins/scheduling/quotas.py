@@ -112,9 +112,10 @@ class Quotas:
     """The limits of all tenants of one engine, and what they have of it.
 
     For one request the host calls: `note`, `refusal`; if that is None `arrived`, then (`allows`,
-    `started`, `holds`*, `stopped`)*, `ended`. Unless `limited` is true, none of it is needed but
-    `note` (work that it was not told of, it ignores); unless `counts_blocks` is, `holds` and
-    `over_ceiling` are not.
+    `started`, `holds`*, `stopped`)*, `ended`. What happens is always told, so that limits which
+    come later find everything counted: `arrived`, `started`, `stopped`, `ended`, a microsecond
+    each. The rest is needed only while `limited` is true, and `holds`, `gives_way` and
+    `over_ceiling` only while `counts_blocks` is. Work that it was not told of, it ignores.
 
     Args:
         blocks: KV blocks that requests can have.
@@ -139,14 +140,14 @@ class Quotas:
         """Blocks that were promised and are not in a table yet."""
         self._sweep = _IDLE
 
-    def note(self, tenant: str, limits: TenantLimits, now: float) -> None:
-        """These are a tenant's limits from now on."""
+    def note(self, tenant: str, limits: TenantLimits, now: float) -> bool:
+        """These are a tenant's limits from now on; return whether they are others than before."""
         known = self._tenants.get(tenant)
         if limits is NONE and known is None:
-            return
+            return False
         known = known or self._tenant(tenant, now)
         if limits == known.limits:
-            return
+            return False
         # A bucket keeps what was taken out of it.
         before = known.limits.tokens_per_minute
         taken = 0.0 if before is None else before - known.refill(now)
@@ -158,6 +159,7 @@ class Quotas:
         else:
             self._floors.pop(tenant, None)
         self._look_who_is_limited()
+        return True
 
     def floor_blocks(self) -> dict[str, int]:
         """Floors in blocks by tenant, for those that have one; scaled if they exceed all."""
@@ -230,7 +232,7 @@ class Quotas:
         tenant = self._floors.get(work.tenant)
         if tenant is None:
             return False
-        return tenant.used + blocks <= self._active(now, work.tenant).get(work.tenant, 0)
+        return tenant.used + blocks <= self._active(now).get(work.tenant, 0)
 
     def gives_way(self, work: Work, blocks: int, free: int, now: float) -> str | None:
         """Whose running work has to be preempted so that guaranteed work can run.
@@ -240,11 +242,11 @@ class Quotas:
         """
         if free - self._pending >= blocks or not self.guaranteed(work, blocks, now):
             return None
-        floors = self._active(now, work.tenant)
+        floors = self._active(now)
         beyond = {
             name: tenant.used - floors.get(name, 0)
             for name, tenant in self._tenants.items()
-            if tenant.running and name != work.tenant
+            if tenant.running
         }
         name = max(beyond, key=beyond.__getitem__, default=None)
         return name if name is not None and beyond[name] > 0 else None
@@ -330,13 +332,13 @@ class Quotas:
         share = tenant.limits.ceiling
         return self.blocks if share is None else max(1, int(share * self.blocks))
 
-    def _active(self, now: float, asks: str) -> dict[str, int]:
-        """Floors in blocks of the tenants that they are held for; whoever asks is one."""
+    def _active(self, now: float) -> dict[str, int]:
+        """Floors in blocks of the tenants that they are held for."""
         return self._scaled(
             {
                 name: tenant
                 for name, tenant in self._floors.items()
-                if tenant.works or name == asks or now - tenant.seen <= self.hold_s
+                if tenant.works or now - tenant.seen <= self.hold_s
             }
         )
 
@@ -348,7 +350,7 @@ class Quotas:
         """Blocks that floors of others have still to get."""
         return sum(
             max(0, blocks - self._floors[name].used)
-            for name, blocks in self._active(now, beside).items()
+            for name, blocks in self._active(now).items()
             if name != beside
         )
 

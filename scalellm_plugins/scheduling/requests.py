@@ -6,10 +6,17 @@ import time
 from typing import Any
 
 from .policy import Work
-from .terms import Terms
+from .terms import DEFAULT, TENANT, Terms
 
 _OLDEST_S = 3600.0
 """A request that came longer ago came from a machine with another clock."""
+
+
+def tenant_of(request: Any) -> str:
+    """Return the name of a request's tenant."""
+    params = request.sampling_params
+    extra = params.extra_args if params is not None else None
+    return str(extra.get(TENANT, DEFAULT)) if extra else DEFAULT
 
 
 class RequestWork(Work):

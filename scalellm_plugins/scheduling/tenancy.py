@@ -10,10 +10,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .kept_blocks import keep_blocks
 from .policy import Work
 from .quotas import Quotas
 from .refused import Refused
-from .requests import RequestWork
+from .requests import RequestWork, tenant_of
 from .tenant_limits import TenantLimits
 
 
@@ -27,6 +28,7 @@ class Tenancy:
         self._managers = scheduler.kv_cache_manager.coordinator.single_type_managers
         self._block = scheduler.block_size
         self._quotas = Quotas(self._pool.num_gpu_blocks - 1, self._block)
+        self._floors: Mapping[str, int] = {}
         self._on = False
         """Whether any tenant has ever had a limit."""
         self._made: dict[str, int] = {}
@@ -38,6 +40,9 @@ class Tenancy:
         params = work.request.sampling_params
         limits = TenantLimits.of(params.extra_args if params is not None else None)
         quotas.note(work.tenant, limits, now)
+        if (floors := quotas.floor_blocks()) != self._floors:
+            self._floors = floors
+            self._keep(floors)
         if not self._on:
             if not quotas.limited:
                 return None
@@ -48,6 +53,12 @@ class Tenancy:
             return None
         wait = refused.retry_s
         return Refused(refused.status, refused.message, None if wait is None else math.ceil(wait))
+
+    def _keep(self, floors: Mapping[str, int]) -> None:
+        """Prefixes up to floors stay in the cache."""
+        manager, connector = self._scheduler.kv_cache_manager, self._scheduler.connector
+        if manager.enable_caching and connector is None:  # which would walk the queue itself
+            keep_blocks(manager, tenant_of).keep(floors)
 
     def _begin(self, now: float) -> None:
         """The first limit: tell of what was there before it."""
