@@ -120,6 +120,17 @@ def test_what_a_prompt_costs_is_remembered_while_there_is_none() -> None:
     assert times.predict(2048, 64, 64 * 500) == pytest.approx(before, rel=0.2)
 
 
+def test_steps_that_are_all_full_are_not_taken_for_what_any_step_takes() -> None:
+    """Else nobody would try shorter ones: all of the time would be a constant's."""
+    roofline = Roofline(gpu_preset("h200"), model_preset("8b"))
+    times = StepTimes()
+    for number in range(1, 40):
+        context = 8192 + number * 2000
+        seconds = roofline.step_seconds(8192 - number, number, context)
+        times.observe(8192 - number, number, context, seconds)
+    assert times.predict(0, 40, 80_000) < 0.3 * times.predict(8152, 40, 88_192)
+
+
 def test_a_step_longer_than_any_before_goes_on_as_steep() -> None:
     times = StepTimes()
     for number in range(200):

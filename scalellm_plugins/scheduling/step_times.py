@@ -23,6 +23,11 @@ KNOTS = (0, 16, 48, 128, 192, 256, 384, 512, 2048)
 """Where segments of a step's tokens begin: dense where a mixture touches more experts with each
 token, and where cards turn from memory to arithmetic."""
 
+RIDGE = 256
+"""Tokens up to which a step is taken to last as long as one token's, and beyond which to grow with
+them, until something is known: the knot where most cards turn. If all steps are alike, as when
+every one is filled with prompts, this says what shorter ones will take, so that they are tried."""
+
 FORGET = 1 - 1 / 256
 """What an observation keeps of its weight with each one after it."""
 
@@ -91,6 +96,8 @@ class StepTimes:
         if prefill + decodes <= 0 or not 0 < seconds < float("inf"):
             return
         self.seen += 1
+        if self.seen == 1:
+            self._guess(prefill + decodes, seconds)
         features = _features(prefill, decodes, context)
         weight = self._weight
         expected = self._pace * self._sum(features)
@@ -115,6 +122,12 @@ class StepTimes:
             return 0.0
         return self._pace * self._sum(_features(prefill, decodes, context))
 
+    def _guess(self, tokens: int, seconds: float) -> None:
+        each = seconds / max(tokens, RIDGE)
+        self._costs[_CONSTANT] = each * RIDGE
+        for index, low in enumerate(KNOTS, _SEGMENTS):
+            self._costs[index] = each if low >= RIDGE else 0.0
+
     def _sum(self, features: Features) -> float:
         costs = self._costs
         return sum([costs[index] * value for index, value in features])
@@ -137,7 +150,7 @@ class StepTimes:
                     rest = sum([a * b for a, b in zip(row, costs, strict=True)])
                     costs[index] = max(0.0, costs[index] + (targets[index] - rest) / row[index])
         # A step longer than any so far goes on as steep as the longest did.
-        for index in range(_SEGMENTS + 1, _SIZE):
+        for index in range(_SEGMENTS + KNOTS.index(RIDGE) + 1, _SIZE):
             if not self._products[index][index]:
                 costs[index] = costs[index - 1]
         if self._weight > _HIGH:
