@@ -179,6 +179,18 @@ class Silent(Policy):
         return Verdict(message=" ")
 
 
+class Backwards(Policy):
+    paces = True
+
+    def step_s(self, running: Sequence[Work], now: float) -> float | None:
+        return running[0].arrival - now
+
+
+class Unpaced(Policy):
+    def step_s(self, running: Sequence[Work], now: float) -> float | None:
+        return 0.1
+
+
 class Unasked(Policy):
     def victim(self, work: Work, running: Sequence[Work], now: float) -> Work | None:
         return None
@@ -253,7 +265,9 @@ class TwoWords(Policy):
         (Outsider, "victim is one of those that run"),
         (Thrashes, "everything ends"),
         (Silent, "who drops work says why"),
+        (Backwards, "step_s is a time or None. Found: -"),
         (Unasked, "set preempts = True"),
+        (Unpaced, "set paces = True"),
         (Remembers, "nothing is kept of ended work. Found: it still has \\[Work"),
         (RemembersIds, "nothing is kept of ended work. Found: it still has the ids"),
         (Grows, "its memory is bounded"),

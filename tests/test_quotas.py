@@ -244,7 +244,7 @@ def test_another_rate_keeps_what_was_taken() -> None:
 
 def test_tenants_that_left_are_forgotten() -> None:
     """Names may be the clients' own: there is no end of them."""
-    made = quotas(a={"max_running": 3}, debtor={"tokens_per_minute": 1})
+    made = quotas(a={"max_running": 3}, debtor={"tokens_per_minute": 1}, floor={"floor": 0.1})
     long = run(made, "long", "debtor", 1)
     long.made = 10**6
     made.made("debtor", long.made, 0.0)
@@ -256,6 +256,7 @@ def test_tenants_that_left_are_forgotten() -> None:
         made.ended(one, float(number))
     assert len(made._tenants) < 300
     assert "debtor" in made._tenants
+    assert made._floors["floor"] is made._tenants["floor"], "prefixes are kept for it"
     assert "a" not in made._tenants
     assert made.limited
     assert not made._works

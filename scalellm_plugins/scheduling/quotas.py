@@ -370,15 +370,14 @@ class Quotas:
         return known
 
     def _forget(self, now: float) -> None:
-        """Forget tenants about whom there is nothing to know: no work, no floor held, a full
-        bucket. Their limits come with their next request. Names may be the clients' own, and there
-        is no end of them."""
+        """Forget tenants about whom there is nothing to know: no work, no floor (for which prefixes
+        are kept, too), a full bucket. Their limits come with their next request. Names may be the
+        clients' own, and there is no end of them; of floors there is one."""
         for name, tenant in list(self._tenants.items()):
             most = tenant.limits.tokens_per_minute
-            idle = not tenant.works and now - tenant.seen > self.hold_s
+            idle = not tenant.works and not tenant.limits.floor
             if idle and (most is None or tenant.refill(now) >= most):
                 del self._tenants[name]
-                self._floors.pop(name, None)
         self._sweep = _IDLE + 2 * len(self._tenants)
         self._look_who_is_limited()
 

@@ -43,6 +43,7 @@ _HOSTS: tuple[dict[str, int], ...] = (
 
 _OPTIONED = (
     ("gives_up", "hopeless"),
+    ("paces", "step_s"),
     ("preempts", "victim"),
     ("ranks", "rank"),
     ("yields", "resting"),

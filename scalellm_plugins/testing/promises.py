@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
@@ -26,7 +27,7 @@ class Checked(Policy):
         self.within = policy
         self.name = policy.name
         self.preempts, self.ranks = policy.preempts, policy.ranks
-        self.gives_up, self.yields = policy.gives_up, policy.yields
+        self.gives_up, self.yields, self.paces = policy.gives_up, policy.yields, policy.paces
         self._questions = 0
         self._places: dict[str, tuple[bool, Hashable, Any]] = {}
         """Where work waits: whether it was demoted, its group and its order."""
@@ -110,6 +111,11 @@ class Checked(Policy):
         found: Collection[Work] = self._asked("resting", running, now)
         keep("resting are some of those that run", set(found) <= set(running), repr(found))
         keep("never all of them rest", len(set(found)) < len(running), repr(found))
+        return found
+
+    def step_s(self, running: Sequence[Work], now: float) -> float | None:
+        found: float | None = self._asked("step_s", running, now)
+        keep("step_s is a time or None", found is None or 0 <= found < math.inf, repr(found))
         return found
 
     # How

@@ -74,6 +74,8 @@ class VirtualHost:
         self._admit()
         rests = self.policy.yields and self.running
         resting = set(self.policy.resting(tuple(self.running), self.now)) if rests else set()
+        if self.policy.paces and self.running:
+            self.policy.step_s(tuple(self.running), self.now)  # its steps are of one length
         prefill = self._work([work for work in self.running if work not in resting])
         context = sum(work.computed for work in self.running)
         self.engine.times.observe(prefill, len(self.running), context, self.step_s)
