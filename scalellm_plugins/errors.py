@@ -18,6 +18,14 @@ class UnknownPluginError(ConfigError):
     """A name in `--plugins` that no installed plugin and no feature has."""
 
 
+class TermError(ScaleLLMError, ValueError):
+    """What a request says about its scheduling cannot be; `field` is where it says so."""
+
+    def __init__(self, message: str, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
 class ContractError(ScaleLLMError):
     """The installed vLLM does not look the way a patch needs; raised only under `strict`."""
 

@@ -13,7 +13,8 @@ from typing import Any
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import RequestStatus
 
-from .fair import DEFAULT, TENANT, WEIGHT, VirtualTokens
+from .fair import VirtualTokens
+from .terms import DEFAULT, TENANT, WEIGHT
 
 
 def tenant_of(request: Any) -> str:
