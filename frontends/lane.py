@@ -169,8 +169,8 @@ class Lane:
         if not 0 < len(ids) < route.max_model_len:
             return False
         admitted = answer.connection.admitted
-        extra = None if admitted is None else admitted.extra
-        request = self.makers[route.path].make(answer.ask, ids, answer.hold, extra)
+        bound = None if admitted is None else admitted.bound
+        request = self.makers[route.path].make(answer.ask, ids, answer.hold, bound)
         if request is None:
             return False
         if admitted is not None and not admitted.admit_prompt(answer.connection, len(ids)):
