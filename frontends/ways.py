@@ -5,7 +5,8 @@ here, on the instances: `generate`, which every generating route calls before it
 refuses what is not valid; the output processor's `add_request`, which sees each of the engine's
 requests, puts the terms of headers and of the tenant's entry into it. So both lanes say the same
 about the same mistake, whatever the route, and vLLM's own frontend (`--scalellm.frontend off`),
-where headers do not arrive, says it about bodies.
+where headers do not arrive, says it about bodies. (A `true` in a body is a 1 by then, to vLLM's
+request classes.)
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -153,8 +154,6 @@ STREAMED = [False, True]
 
 
 def lanes_of(server: Server) -> dict[str, float]:
-    import urllib.request
-
     with urllib.request.urlopen(server.url + "/metrics", timeout=60) as response:
         lines = response.read().decode().splitlines()
     counts = {"fast": 0.0, "full": 0.0}
@@ -354,9 +353,8 @@ def test_the_official_client_sees_what_it_knows(servers: Servers) -> None:
         before = lanes_of(servers.open)
         for more in ({}, {"stream": True}, {"logprobs": True}, {"logprobs": True, "stream": True}):
             asked: dict[str, Any] = {"model": "demo", "messages": messages, **more}
-            late = {"vllm_xargs": DEADLINE}
             with pytest.raises(openai.InternalServerError) as error:
-                client.chat.completions.create(**asked, extra_body=late)
+                client.chat.completions.create(**asked, extra_body={"vllm_xargs": DEADLINE})
             assert error.value.status_code == 504
             full = {"X-Scalellm-TTFT-Ms": str(FULL)}
             with pytest.raises(openai.RateLimitError, match="The quota is used up") as error:
@@ -369,9 +367,9 @@ def test_the_official_client_sees_what_it_knows(servers: Servers) -> None:
         after = lanes_of(servers.open)
         # The client's two retries are not made: what came too late once is not tried again.
         assert sum(after.values()) - sum(before.values()) == 3 * 4
-        late = {"vllm_xargs": {"scalellm_tpot_ms": MIDWAY}, "ignore_eos": True}
+        midway = {"vllm_xargs": {"scalellm_tpot_ms": MIDWAY}, "ignore_eos": True}
         stream = client.chat.completions.create(
-            model="demo", messages=messages, stream=True, max_tokens=20, extra_body=late
+            model="demo", messages=messages, stream=True, max_tokens=20, extra_body=midway
         )
         with pytest.raises(openai.APIError, match="The deadline has passed"):
             list(stream)
@@ -382,8 +380,6 @@ def test_the_server_goes_on(servers: Servers) -> None:
     for server in (servers.open, servers.bound, servers.upstream):
         got = ask(server, CHAT, bodies(CHAT), Authorization="Bearer plain-key")
         assert json.loads(got.body)["choices"]
-        import urllib.request
-
         with urllib.request.urlopen(server.url + "/metrics", timeout=60) as response:
             lines = response.read().decode().splitlines()
         left = [
