@@ -15,10 +15,13 @@ from collections.abc import AsyncGenerator, Mapping
 from http import HTTPStatus
 from typing import Any
 
+import prometheus_client
+
 from scalellm_plugins.scheduling.refused import Refused
 from scalellm_plugins.scheduling.terms import DEADLINE, TTFT
 
 from .limits import SHORTEST_RETRY_S, error_body
+from .metric import metric
 
 HEADERS_S = 0.05
 """How long the headers of a stream wait for its first event."""
@@ -70,8 +73,20 @@ def _exception() -> type[Exception]:
     return EngineRefusal
 
 
+@functools.cache
+def _counter() -> Any:
+    return metric(
+        prometheus_client.Counter,
+        "scalellm:engine_refusals",
+        "Requests that the engine refused or gave up, by the status that their clients got or, in "
+        "a stream that had begun, would have got",
+        ("status",),
+    )
+
+
 def exception(refused: Refused) -> Exception:
-    """Return it as an exception that vLLM's code answers with its status."""
+    """Count a refusal; return it as an exception that vLLM's code answers with its status."""
+    _counter().labels(refused.status).inc()
     return _exception()(refused)
 
 

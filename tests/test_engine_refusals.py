@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("vllm")
 pytest.importorskip("uvicorn")
 
+import prometheus_client
 from vllm.exceptions import GenerationError, GracefulHTTPError
 
 from scalellm_plugins.frontends import engine_refusals
@@ -39,6 +40,17 @@ def test_vllm_answers_with_the_status_and_no_trace_in_its_log(refused: Refused) 
     handler = bench().routes[CHAT].handler
     document = handler.create_error_response(error).model_dump()
     assert document == json.loads(error_body(refused.status, refused.message))
+
+
+def test_refusals_are_counted() -> None:
+    def value() -> float:
+        name, labels = "scalellm:engine_refusals_total", {"status": "429"}
+        return prometheus_client.REGISTRY.get_sample_value(name, labels) or 0.0
+
+    before = value()
+    exception(FULL)
+    exception(LATE)
+    assert value() == before + 1
 
 
 def test_an_event_has_the_type_of_the_status_and_others_stay_vllms(
