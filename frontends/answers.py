@@ -8,11 +8,12 @@ pushed through it within the engine's step, and bytes leave in the same turn of 
 
 from __future__ import annotations
 
+import asyncio
 import json
-import time
 from typing import TYPE_CHECKING, Any
 
 from .detokenize import escape
+from .engine_refusals import headers_wait, refused_by, retry_headers
 from .stops import StopText
 from .templates import (
     CACHED,
@@ -26,14 +27,14 @@ from .templates import (
     TEXT,
     TOTAL,
 )
-from .timing import Clock, server_timing
+from .timing import Clock
 
 if TYPE_CHECKING:
     from .connection import FastLaneProtocol
     from .detokenize import TokenStream
     from .lane import Lane
     from .routes import Ask
-    from .templates import StreamTemplates, Template
+    from .templates import StreamTemplates
 
 _LAST_CHUNK = b"0\r\n\r\n"
 
@@ -149,6 +150,20 @@ class Answer:
             STORED: b"%d" % self.num_cache_creation_tokens,
         }
 
+    def _respond(self, status: int, body: bytes) -> None:
+        """Answer with one document."""
+        self.length = len(body)
+        lines = self.lane.start(self, status, b"application/json", body)
+        self.connection.write(lines + body)
+        self.lane.closed(self, status)
+        self.connection.finish(self.cycle)
+
+    def _error(self, error: Exception) -> tuple[int, bytes]:
+        refused = refused_by(error)
+        if refused is not None:
+            self.extra_headers += [b"%b: %b\r\n" % pair for pair in retry_headers(refused)]
+        return self.ask.route.error(error)
+
     def _token_stream(self) -> TokenStream:
         skip, spaces = self.special
         return self.lane.detokenizer.stream(
@@ -160,7 +175,7 @@ class Answer:
         return {ID: name.encode("utf-8", "surrogatepass"), CREATED: b"%d" % self.ask.created}
 
 
-def _ending(reason: str, stop_reason: int | str | None) -> dict[str, bytes]:
+def ending(reason: str, stop_reason: int | str | None) -> dict[str, bytes]:
     """How a request ended, for templates."""
     return {
         FINISH: json.dumps(reason).encode(),
@@ -197,16 +212,30 @@ class StreamedAnswer(Answer):
         self.begun = False
         self.last: tuple[str, int | str | None] | None = None
         self.stream: TokenStream | None = None
-        self.head_lines = b""
+        self.headless = False
+        """Whether the headers are still to be sent. The status is 200, unless the engine refuses
+        the request before that."""
+        self.head_timer: asyncio.TimerHandle | None = None
 
     def send_headers(self) -> None:
         """Send the headers if they are still here."""
-        lines, self.head_lines = self.head_lines, b""
-        if lines and not self.cycle.disconnected:
-            self.connection.write(lines)
+        if self.headless and not self.cycle.disconnected:
+            self.connection.write(self._head())
+
+    def _head(self) -> bytes:
+        """Return what of the headers is still to be sent."""
+        if not self.headless:
+            return b""
+        self._with_head()
+        return self.lane.start(self, 200, b"text/event-stream; charset=utf-8", None)
+
+    def _with_head(self) -> None:
+        self.headless = False
+        if self.head_timer is not None:
+            self.head_timer.cancel()
 
     def admitted(self, request: Any, stats: Any) -> None:
-        """As the base; from here on vLLM, too, answers with 200.
+        """As the base.
 
         The headers leave with the first token: one write and one wake-up of the client less. Where
         that takes long, they go ahead (`send_headers`).
@@ -218,8 +247,8 @@ class StreamedAnswer(Answer):
         if not self.templates.counts:
             self.head, self.tail = self.templates.delta.bind(identity).around(TEXT)
             self.fixed = len(self.head) + len(self.tail)
-        self.head_lines = self.lane.start(self, 200, b"text/event-stream; charset=utf-8", None)
-        self.lane.hold_back(self)
+        self.headless = True
+        self.lane.hold_back(self, headers_wait(request.sampling_params.extra_args))
 
     def advance(self, token_ids: list[int], *, stopped: bool) -> str | None:
         """See the base."""
@@ -299,7 +328,7 @@ class StreamedAnswer(Answer):
             self.due = self.interval <= 1 or not any(events)
             self._write(events)
             return
-        values |= _ending(*self.last)
+        values |= ending(*self.last)
         if self.num_tokens:  # vLLM leaves it out of a stream that was ended before its first token
             events.append(self.templates.finish.render(values))
         if self.templates.usage is not None:
@@ -310,8 +339,7 @@ class StreamedAnswer(Answer):
         body = b"".join(events)
         chunk = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
         if chunk or closing:
-            lines, self.head_lines = self.head_lines, b""
-            self.connection.write(lines + chunk + closing)
+            self.connection.write(self._head() + chunk + closing)
 
     def _close(self, events: list[bytes]) -> None:
         self.last = None
@@ -320,91 +348,19 @@ class StreamedAnswer(Answer):
         self.connection.finish(self.cycle)
 
     def fail(self, error: Exception) -> None:
-        """The status is out: the error is an event, as in vLLM."""
+        """The status is out: the error is an event, as in vLLM. If not, a refusal has its own."""
         if self.over:
             return
         self.over = True
         if self.cycle.disconnected:
             return
+        refused = refused_by(error)
+        if refused is not None and self.headless:
+            self._with_head()
+            self._respond(*self._error(error))
+            return
         events = [self.ask.route.stream_error(error), self.templates.done]
-        if not (self.begun or self.is_prefilling):
+        if not (self.begun or self.is_prefilling or refused is not None):
             # The engine's first output says so: vLLM begins the stream before it looks at that.
             events.insert(0, self.templates.first.render({**self._bound, **self.counts(0)}))
         self._close(events)
-
-
-class WholeAnswer(Answer):
-    """One JSON document at the end. Text is made once, when the last token is there."""
-
-    def __init__(
-        self, lane: Lane, connection: FastLaneProtocol, cycle: Any, ask: Ask, template: Template
-    ) -> None:
-        super().__init__(lane, connection, cycle, ask)
-        self.template = template
-        if not ask.body.stop:
-            self.hold = 0
-        self.token_ids: list[int] = []
-        self.body: bytes | None = None
-        self.dropped = False
-
-    def admitted(self, request: Any, stats: Any) -> None:
-        """As the base; stop strings are looked for as tokens come."""
-        super().admitted(request, stats)
-        if self.stop is not None:
-            self.stream = self._token_stream()
-
-    def advance(self, token_ids: list[int], *, stopped: bool) -> str | None:
-        """See the base."""
-        if self.stop is not None:
-            matched = self.stop.push(self.stream, token_ids, stop_terminated=stopped)
-            self.num_tokens = self.stop.num_tokens
-            return matched
-        self.token_ids += token_ids
-        self.num_tokens = len(self.token_ids)
-        self.dropped = stopped and not self.keep_stop
-        return None
-
-    def end(self, reason: str, stop_reason: int | str | None) -> None:
-        """See the base."""
-        if self.stop is not None:
-            text = self.stop.text
-        else:
-            skip, spaces = self.special
-            text = self.lane.detokenizer.text(
-                self.prompt_ids,
-                self.token_ids[:-1] if self.dropped else self.token_ids,
-                skip_special_tokens=skip,
-                spaces_between_special_tokens=spaces,
-            )
-        values = {**self._identity(), **self.counts(self.num_tokens)}
-        values[TEXT] = escape(text)
-        values |= _ending(reason, stop_reason)
-        self.body = self.template.render(values)
-        self.over = True  # not before: should this fail, there is still an error to answer with
-
-    def flush(self) -> None:
-        """See the base."""
-        self.waiting = False
-        if self.body is not None and not self.paused and not self.cycle.disconnected:
-            body, self.body = self.body, None
-            self._respond(200, body)
-
-    def _respond(self, status: int, body: bytes) -> None:
-        self.length = len(body)
-        if status == 200:
-            self.clock.done = time.monotonic()
-            stages = self.lane.stages_of(self)
-            if stages is not None:
-                self.extra_headers.append(server_timing(stages))
-        lines = self.lane.start(self, status, b"application/json", body)
-        self.connection.write(lines + body)
-        self.lane.closed(self, status)
-        self.connection.finish(self.cycle)
-
-    def fail(self, error: Exception) -> None:
-        """See the base."""
-        if self.over:
-            return
-        self.over = True
-        if not self.cycle.disconnected:
-            self._respond(*self.ask.route.error(error))

@@ -8,7 +8,7 @@ from typing import Any
 
 from scalellm_plugins import activation, config
 
-from . import aborts, client_errors, gate, shared_attach
+from . import aborts, client_errors, gate, shared_attach, ways
 from . import prompts as prompts_module
 from .accounting import Accounting
 from .detokenize import Detokenizer
@@ -69,10 +69,40 @@ class FastLaneEndpoint:
             reserve_names(engine_client.input_processor)
             client_errors.install(engine_client, self._app, state)
             await shared_attach.attach(engine_client, self._app, state)
-            gate.attach(engine_client, self._app, state, args)
+            made = gate.attach(engine_client, self._app, state, args)
+            ways.install(engine_client, state, _nobody if made is None else made.stranger)
             await attach(engine_client, self._app, state, args)
         elif engine_client is not None:
             gate.check_off()
+
+
+class TermsEndpoint:
+    """Another: checks what requests say to our scheduler where the frontend is vLLM's own."""
+
+    name = "scalellm.scheduler"
+    required_tasks = None
+
+    def attach_router(self, app: Any) -> None:
+        """Leave the routes as they are."""
+
+    async def init_state(
+        self,
+        engine_client: Any,
+        state: Any,
+        args: Namespace,  # noqa: ARG002 - vLLM's interface
+    ) -> None:
+        """Wrap the engine client. Never raises: the engine passes over what makes no sense."""
+        alone = activation.is_on("scheduler") and not activation.is_on("frontend")
+        if engine_client is None or not alone:
+            return
+        try:
+            ways.install(engine_client, state, _nobody)
+        except AttributeError as error:
+            logger.warning("what requests say about their scheduling is not checked: %s", error)
+
+
+def _nobody() -> None:
+    """No tenants file binds a request."""
 
 
 async def attach(engine_client: Any, app: Any, state: Any, args: Namespace) -> None:

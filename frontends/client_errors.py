@@ -164,19 +164,26 @@ def unfit(error: Exception) -> Exception:
 
 
 def guard_responses(serving: Any) -> None:
-    """End a stream that fails as OpenAI's does, with an event `error`."""
+    """End a stream that fails as OpenAI's does, with an event `error`.
+
+    vLLM means to tell about the engine's errors itself, in a shape that its own check then refuses:
+    such an error stays what it is, and comes here.
+    """
     create = serving.create_responses
+
+    def convert(error: Exception) -> str:
+        raise error
 
     async def create_responses(*args: Any, **kwargs: Any) -> Any:
         answer = await create(*args, **kwargs)
         return _ended(serving, answer) if isinstance(answer, AsyncGenerator) else answer
 
     serving.create_responses = create_responses
+    serving._convert_generation_error_to_streaming_response = convert
 
 
 async def _ended(serving: Any, events: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
     from openai.types.responses import ResponseErrorEvent
-    from vllm.exceptions import GenerationError
 
     sent = 0
     try:
@@ -186,9 +193,7 @@ async def _ended(serving: Any, events: AsyncGenerator[Any, None]) -> AsyncGenera
             sent += 1
             yield event
     except Exception as error:
-        # vLLM means to tell about these itself, in a shape that its own check then refuses.
-        known = error.__context__
-        told = serving.create_error_response(known if isinstance(known, GenerationError) else error)
+        told = serving.create_error_response(error)
         logger.info("a stream of /v1/responses has failed: %s", told.error.message)
         yield ResponseErrorEvent(
             type="error",

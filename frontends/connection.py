@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from . import ways
+
 if TYPE_CHECKING:
     from .answers import Answer
     from .gate import Gate, Pass
@@ -59,8 +61,11 @@ class FastLaneProtocol(HttpToolsProtocol):
             self._offer(cycle, app)
 
     def _start_application(self, cycle: Any, app: Any) -> None:
-        if self.admitted is not None and app is self.app:
-            app = self.admitted.carried(app)
+        if app is self.app:
+            if cycle.scope["method"] == "POST":
+                app = ways.carried(app)
+            if self.admitted is not None:
+                app = self.admitted.carried(app)
         if self.lane is not None and self.lane.accounting.own_log and cycle.access_log:
             cycle.access_log = False  # one line for a request, at its end
             app = self.lane.accounting.logged(app)

@@ -14,8 +14,6 @@ from contextvars import ContextVar
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from scalellm_plugins.scheduling.fair import DEFAULT, TENANT, WEIGHT
-
 from .admission import Prompt
 from .limits import Refusal
 
@@ -89,12 +87,7 @@ async def _follow(inner: Any, work: _Work, due: dict[str, _Work]) -> AsyncGenera
 
 def _added(original: Callable[..., Any], due: dict[str, _Work]) -> Callable[..., Any]:
     def add_request(request: Any, *args: Any, **kwargs: Any) -> None:
-        ticket, work = current.get(), _work.get()
-        params = request.sampling_params
-        if params is not None:
-            # Whatever a client may have put there itself.
-            ours = {TENANT: DEFAULT, WEIGHT: 1.0} if ticket is None else ticket.extra
-            params.extra_args = {**(params.extra_args or {}), **ours}
+        work = _work.get()
         original(request, *args, **kwargs)
         if work is not None:
             work.ids.append(request.request_id)

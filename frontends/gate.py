@@ -21,14 +21,15 @@ import prometheus_client
 
 from scalellm_plugins import config
 from scalellm_plugins.errors import ConfigError
-from scalellm_plugins.scheduling.fair import TENANT, WEIGHT
 
 from . import authentication, counting, refusals, sessions
 from .accounting import Accounting
 from .admission import SERVER, Admission, Bounds, Prompt, Ticket
+from .bound import Bound
 from .headers import CrossOrigin
 from .limits import GAUGES, UNLIMITED, DrainRate, Limits, Refusal
 from .metric import metric
+from .refusals import is_anthropic, path_of
 from .tenants import OPTION, Tenant, TenantFile
 
 logger = logging.getLogger("vllm.scalellm")
@@ -65,21 +66,23 @@ _TICK_S = 1.0
 
 
 class Seat(NamedTuple):
-    """A tenant as it is counted: its number and its limits."""
+    """A tenant as it is counted: its number and its limits; and what binds its requests."""
 
     tenant: Tenant
     entry: int
     bounds: Bounds
+    bound: Bound | None = None
 
 
 class Pass(Ticket):
     """An admitted request at the gate."""
 
-    __slots__ = ("_bounds", "_cycle", "_gate", "in_application", "refusal", "weight")
+    __slots__ = ("_bounds", "_cycle", "_gate", "bound", "in_application", "refusal")
 
     def __init__(self, gate: Gate, seat: Seat, cycle: Any) -> None:
         super().__init__(gate.counters, seat.tenant.name, seat.entry)
-        self.weight = seat.tenant.weight
+        self.bound = seat.bound
+        """What the tenants file says about it; None where there is none."""
         self._gate = gate
         self._bounds = seat.bounds
         self._cycle = cycle
@@ -120,11 +123,6 @@ class Pass(Ticket):
 
         return with_pass
 
-    @property
-    def extra(self) -> dict[str, Any]:
-        """What the engine's side is to know: extra arguments of the sampling parameters."""
-        return {TENANT: self.tenant, WEIGHT: self.weight}
-
     def _sender(self, send: Any) -> Any:
         """Put the gate's answer in place of the application's, if a prompt was refused in it."""
         ours = False
@@ -138,7 +136,7 @@ class Pass(Ticket):
                 return
             ours = True
             seconds = self.retry_after(self.refusal)
-            body = self.refusal.body(seconds, anthropic=self._gate.is_anthropic(self._cycle.scope))
+            body = self.refusal.body(seconds, anthropic=is_anthropic(self._cycle.scope))
             kept = {b"content-type", b"content-length", b"transfer-encoding", b"retry-after"}
             headers = [pair for pair in message["headers"] if pair[0].lower() not in kept]
             headers += [
@@ -201,11 +199,11 @@ class Gate:
         """
         cycle.scalellm_pass = connection.admitted = None
         scope = cycle.scope
-        if scope["method"] != "POST" or _path(scope) not in GUARDED:
+        if scope["method"] != "POST" or path_of(scope) not in GUARDED:
             return True
         tenant = self.tenants.book.of(authentication.shown(scope))
         if tenant is None:
-            if _path(scope) != "/invocations":
+            if path_of(scope) != "/invocations":
                 return True  # vLLM's middleware refuses it
             tenant = self.tenants.book.default  # vLLM asks for no key here
         ticket = self.enter(tenant, cycle)
@@ -226,9 +224,15 @@ class Gate:
         return refusal
 
     def _seat(self, tenant: Tenant) -> Seat:
-        seat = Seat(tenant, self.counters.index(tenant.name), tenant.by_gauge())
+        bound = Bound(tenant) if self.tenants.is_file else None
+        seat = Seat(tenant, self.counters.index(tenant.name), tenant.by_gauge(), bound)
         self._seats[tenant.name] = seat
         return seat
+
+    def stranger(self) -> Bound | None:
+        """Return what binds a request that no pass is for: a file's entry for everybody else."""
+        default = self.tenants.book.default
+        return (self._seats.get(default.name) or self._seat(default)).bound
 
     def retry_after(self, entry: int, refusal: Refusal) -> int:
         """Return in how many seconds there is room, going by what has left lately."""
@@ -248,7 +252,7 @@ class Gate:
         seconds = (
             self.retry_after(entry, refusal) if ticket is None else ticket.retry_after(refusal)
         )
-        body = refusal.body(seconds, anthropic=self.is_anthropic(cycle.scope))
+        body = refusal.body(seconds, anthropic=is_anthropic(cycle.scope))
         headers = dict(reversed(cycle.scope["headers"]))  # the first of each name
         lines = b"retry-after: %d\r\n" % seconds + self._cross_origin.lines(headers.get(b"origin"))
         if self._echo_id:
@@ -257,16 +261,11 @@ class Gate:
         self._accounting.started(cycle, refusal.status)
         refusals.respond(connection, cycle, refusal.status, lines, body)
         length = int(headers.get(b"content-length", 0))
-        ask = SimpleNamespace(route=SimpleNamespace(path=_path(cycle.scope)), length=length)
+        ask = SimpleNamespace(route=SimpleNamespace(path=path_of(cycle.scope)), length=length)
         answer: Any = SimpleNamespace(cycle=cycle, length=len(body), ask=ask)
         self._accounting.ended(answer, refusal.status, 0.0)
         if cycle.access_log and self._accounting.own_log:
             self._accounting.log(cycle.scope, refusal.status, 0.0)
-
-    @staticmethod
-    def is_anthropic(scope: Any) -> bool:
-        """Whether errors look like Anthropic's on this route."""
-        return _path(scope) == "/v1/messages"
 
     # Every second
 
@@ -314,12 +313,6 @@ def _then(first: Callable[[], None], second: Callable[[], None]) -> Callable[[],
         second()
 
     return both
-
-
-def _path(scope: Any) -> str:
-    path: str = scope["path"]
-    root = scope.get("root_path")
-    return path.removeprefix(root) if root else path
 
 
 # Putting it up

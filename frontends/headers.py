@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 from starlette.middleware.cors import CORSMiddleware
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
+from scalellm_plugins.errors import TermError
+from scalellm_plugins.scheduling import terms
+
 from .routes import Asked
 
 if TYPE_CHECKING:
@@ -84,7 +87,7 @@ class HeaderReader:
 
     def read(self, headers: list[tuple[bytes, bytes]]) -> Asked | None:
         """Take out what the lane needs; None when the request is not for it."""
-        is_json = False
+        is_json = has_terms = False
         key = request_id = session = origin = None
         priority: int | None = None
         for name, value in headers:
@@ -103,9 +106,15 @@ class HeaderReader:
             elif name == b"x-vllm-priority" and priority is None:
                 with suppress(ValueError):
                     priority = int(value.decode("latin-1"))
+            elif name.startswith(terms.HEADER_PREFIX):
+                has_terms = True
         if not is_json or not self._may(key):
             return None
-        return Asked(request_id, priority, session, origin)
+        try:
+            said = terms.in_headers(headers) if has_terms else None
+        except TermError:
+            return None
+        return Asked(request_id, priority, session, origin, said)
 
     def _may(self, authorization: bytes | None) -> bool:
         if not self._keys:

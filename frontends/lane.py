@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from scalellm_plugins.engine.holding import COUNTS
+from scalellm_plugins.scheduling.refused import Refused
 
 from .accounting import Accounting
-from .answers import Answer, StreamedAnswer, WholeAnswer
+from .answers import Answer, StreamedAnswer
 from .client_errors import unfit
 from .detokenize import Detokenizer
+from .engine_refusals import HEADERS_S, exception
 from .engine_rings import Columns
 from .headers import HeaderReader
 from .latency import StepLatencies
@@ -30,6 +32,7 @@ from .routes import Ask, ChatRoute, CompletionRoute, Route
 from .segments import Plan
 from .tally import Tally
 from .timing import Stages
+from .whole_answers import WholeAnswer
 
 if TYPE_CHECKING:
     from .connection import FastLaneProtocol
@@ -41,9 +44,6 @@ INLINE_CHARS = 8192
 
 SETTLE_S = 0.1
 """How long the end of an exchange waits to be counted; see bookkeeping.py for why."""
-
-HEADERS_S = 0.05
-"""How long the headers of a stream wait for its first token."""
 
 
 class Lane:
@@ -169,8 +169,8 @@ class Lane:
         if not 0 < len(ids) < route.max_model_len:
             return False
         admitted = answer.connection.admitted
-        extra = None if admitted is None else admitted.extra
-        request = self.makers[route.path].make(answer.ask, ids, answer.hold, extra)
+        bound = None if admitted is None else admitted.bound
+        request = self.makers[route.path].make(answer.ask, ids, answer.hold, bound)
         if request is None:
             return False
         if admitted is not None and not admitted.admit_prompt(answer.connection, len(ids)):
@@ -328,7 +328,8 @@ class Lane:
         if reason is self._error:
             from vllm.exceptions import GenerationError
 
-            answer.fail(GenerationError("Internal server error"))
+            refused = Refused.of(output.stop_reason)
+            answer.fail(exception(refused) if refused else GenerationError("Internal server error"))
             return
         answer.end(str(reason), matched if matched is not None else output.stop_reason)
 
@@ -371,8 +372,11 @@ class Lane:
         self.accounting.started(cycle, status)
         return self.headers.answer(answer, status, content_type, body)
 
-    def hold_back(self, answer: StreamedAnswer) -> None:
+    def hold_back(self, answer: StreamedAnswer, wait_s: float) -> None:
         """Send this answer's headers in a while, should its first token take so long."""
+        if wait_s > HEADERS_S:  # with a deadline; the others share a timer
+            answer.head_timer = self.loop.call_later(wait_s, answer.send_headers)
+            return
         if not self._headless:
             self.loop.call_later(HEADERS_S, self._send_headers)
         self._headless.append(answer)

@@ -103,13 +103,24 @@ class Refusal:
 
     def body(self, retry_after: int, *, anthropic: bool = False) -> bytes:
         """Return the error document: OpenAI's as vLLM writes it, or Anthropic's."""
-        text = self.message(retry_after)
-        if anthropic:
-            kind = "overloaded_error" if self.tenant is None else "rate_limit_error"
-            return json.dumps({"type": "error", "error": {"type": kind, "message": text}}).encode()
-        phrase = HTTPStatus(self.status).phrase
-        error = {"message": text, "type": phrase, "param": None, "code": self.status}
-        return json.dumps({"error": error}, ensure_ascii=False, separators=(",", ":")).encode()
+        return error_body(self.status, self.message(retry_after), anthropic=anthropic)
+
+
+_ANTHROPIC_KINDS = {429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error"}
+
+
+def error_body(status: int, text: str, *, anthropic: bool = False) -> bytes:
+    """Return an error document: OpenAI's as vLLM writes it, or Anthropic's."""
+    if anthropic:
+        kind = _ANTHROPIC_KINDS.get(status, "api_error")
+        return json.dumps({"type": "error", "error": {"type": kind, "message": text}}).encode()
+    error = {
+        "message": text,
+        "type": HTTPStatus(status).phrase,
+        "param": None,
+        "code": status,
+    }
+    return json.dumps({"error": error}, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 class DrainRate:

@@ -20,6 +20,18 @@ LINGER_S = 2.0
 """How long a client that still sends may take to notice that it is refused."""
 
 
+def path_of(scope: Any) -> str:
+    """Return a request's path as the application knows it."""
+    path: str = scope["path"]
+    root = scope.get("root_path")
+    return path.removeprefix(root) if root else path
+
+
+def is_anthropic(scope: Any) -> bool:
+    """Whether errors look like Anthropic's on this route."""
+    return path_of(scope) == "/v1/messages"
+
+
 def unread(cycle: Any) -> int | None:
     """Return an upper bound of the bytes of the body that were not read yet; None: unknown."""
     if not cycle.more_body:

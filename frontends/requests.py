@@ -12,14 +12,17 @@ from __future__ import annotations
 import logging
 from copy import copy
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from scalellm_plugins.engine.holding import HOLD
-from scalellm_plugins.scheduling.fair import TENANT, WEIGHT
+from scalellm_plugins.scheduling import terms
 
 from .routes import Ask, Route
+
+if TYPE_CHECKING:
+    from .bound import Bound
 
 logger = logging.getLogger("vllm.scalellm")
 
@@ -53,14 +56,6 @@ _OF_THE_REQUEST = frozenset(
 """Fields that do not end up in the sampling parameters, or are applied to each request."""
 
 
-_OURS = "scalellm_"
-"""How our names among the extra arguments begin."""
-
-_RELAYED = frozenset((TENANT, WEIGHT))
-"""Those that a client may say, where nobody checks keys. The gate, where there is one, puts its own
-in their place."""
-
-
 def _nothing(_unset: Any) -> None:
     return None
 
@@ -68,8 +63,8 @@ def _nothing(_unset: Any) -> None:
 def reserve_names(input_processor: Any) -> None:
     """Drop extra arguments with our names from what clients send (`vllm_xargs`), in both lanes.
 
-    They speak to the engine's side of this package (`HOLD`), and are added after this. See
-    `_RELAYED` for what is let through.
+    They speak to the engine's side of this package (`HOLD`), and are added after this. A request's
+    terms are let through; where a tenants file binds it, that has the last word on them (ways.py).
     """
     make = input_processor.process_inputs
 
@@ -80,7 +75,7 @@ def reserve_names(input_processor: Any) -> None:
             kept = {
                 name: value
                 for name, value in made.extra_args.items()
-                if not name.startswith(_OURS) or name in _RELAYED
+                if not name.startswith(terms.PREFIX) or name in terms.SAID
             }
             made.extra_args = kept or None
         return request
@@ -112,23 +107,27 @@ class RequestMaker:
         fields = route.decoder.type.__struct_fields__
         self._parameters = attrgetter(*[name for name in fields if name not in _OF_THE_REQUEST])
 
-    def make(
-        self, ask: Ask, ids: list[int], hold: int | None, extra: dict[str, Any] | None = None
-    ) -> Any:
+    def make(self, ask: Ask, ids: list[int], hold: int | None, bound: Bound | None = None) -> Any:
         """Return an `EngineCoreRequest`, or None: then vLLM's own code answers with the reason.
 
         Args:
             ask: what the client wants.
             ids: its prompt.
             hold: how many tokens the engine shall keep together; 0 all, None sends each.
-            extra: more extra arguments, for the engine's side of this package.
+            bound: what the entry of the client's tenant makes of it, where there is a file.
         """
         try:
             self._check_admission(ask.engine_id)
-            request = self._make(ask, ids, hold, extra)
+            request = self._make(ask, ids, hold, bound)
         except Exception as error:
             logger.debug("left to vLLM's own code: %s", error)
             return None
+        said = ask.terms
+        if said and bound is not None:
+            said = bound.own(said)
+        if said:
+            params = request.sampling_params = copy(request.sampling_params)  # the pattern's own
+            params.extra_args = {**(params.extra_args or {}), **said}
         self._client.input_processor.assign_request_id(request)
         return request
 
@@ -144,9 +143,9 @@ class RequestMaker:
         finally:
             del client._record_admission_rejection
 
-    def _make(self, ask: Ask, ids: list[int], hold: int | None, extra: Any) -> Any:
+    def _make(self, ask: Ask, ids: list[int], hold: int | None, bound: Bound | None) -> Any:
         body = ask.body
-        key: Any = (self._parameters(body), hold, tuple(extra.items()) if extra else None)
+        key: Any = (self._parameters(body), hold, None if bound is None else bound.key)
         try:
             pattern = self._patterns.get(key)
         except TypeError:  # a list or a mapping among the parameters
@@ -154,7 +153,7 @@ class RequestMaker:
             key = (msgspec.json.encode(key[0], enc_hook=_nothing), *key[1:])
             pattern = self._patterns.get(key)
         if pattern is None or isinstance(getattr(body, "prompt", None), list):
-            return self._checked(ask, ids, hold, extra, key)
+            return self._checked(ask, ids, hold, bound, key)
         most = self._route.max_tokens(body, len(ids))
         params = pattern.params.get(most)
         if params is None:
@@ -164,26 +163,27 @@ class RequestMaker:
         request.prompt_token_ids = ids
         request.sampling_params = params
         request.arrival_time = ask.arrival_time
-        request.cache_salt = body.cache_salt
-        request.priority = body.priority if ask.priority is None else ask.priority
+        request.cache_salt, request.priority = _salt_and_priority(ask, bound)
         request.session_id = ask.session_id
         request.external_req_id = None
         return request
 
-    def _checked(self, ask: Ask, ids: list[int], hold: int | None, extra: Any, key: Any) -> Any:
+    def _checked(
+        self, ask: Ask, ids: list[int], hold: int | None, bound: Bound | None, key: Any
+    ) -> Any:
         """Make it as vLLM does, with all its checks, and remember it."""
-        body = ask.body
+        salt, priority = _salt_and_priority(ask, bound)
         params = self._route.sampling_params(ask, len(ids))
         request = self._client.input_processor.process_inputs(
             ask.engine_id,
-            self._tokens_input(ids, cache_salt=body.cache_salt),
+            self._tokens_input(ids, cache_salt=salt),
             params,
             supported_tasks=self._tasks,
             arrival_time=ask.arrival_time,
-            priority=body.priority if ask.priority is None else ask.priority,
+            priority=priority,
             session_id=ask.session_id,
         )
-        added = dict(extra or ())
+        added = {} if bound is None else dict(bound.extra)
         if hold is not None:
             added[HOLD] = hold
         if added:
@@ -203,3 +203,11 @@ class RequestMaker:
         if len(pattern.params) < _PATTERNS:
             pattern.params[most] = params
         return params
+
+
+def _salt_and_priority(ask: Ask, bound: Bound | None) -> tuple[str | None, int]:
+    salt = ask.body.cache_salt
+    priority = ask.body.priority if ask.priority is None else ask.priority
+    if bound is None:
+        return salt, priority
+    return bound.salted(salt), priority or bound.priority

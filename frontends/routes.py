@@ -16,6 +16,9 @@ from typing import Any
 import msgspec
 from starlette.responses import JSONResponse
 
+from scalellm_plugins.errors import TermError
+from scalellm_plugins.scheduling import terms
+
 from . import bodies, probes
 from .prompts import ChatPrompts
 from .segments import Plan
@@ -41,6 +44,8 @@ class Ask:
     origin: bytes | None = None
     length: int = 0
     """Bytes of the body."""
+    terms: dict[str, Any] | None = None
+    """What the request says about its scheduling, valid; taken out of `body.vllm_xargs`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,7 @@ class Asked:
     priority: int | None = None
     session_id: str | None = None
     origin: bytes | None = None
+    terms: dict[str, Any] | None = None
 
 
 def _session(body: Any, asked: Asked) -> str | None:
@@ -61,6 +67,20 @@ def _session(body: Any, asked: Asked) -> str | None:
         return asked.session_id
     extra = (body.vllm_xargs or {}).get("session_id")
     return extra if isinstance(extra, str) and extra else None
+
+
+def _take_terms(body: Any, in_headers: dict[str, Any] | None) -> dict[str, Any]:
+    """Take the terms out of the extra arguments: they may differ from request to request, and the
+    other parameters, from which patterns are made, do not. Those in headers come before them.
+
+    Raises:
+        TermError: one is not valid.
+    """
+    said = terms.in_body(body.vllm_xargs)
+    if said:
+        left = {name: value for name, value in body.vllm_xargs.items() if name not in said}
+        body.vllm_xargs = left or None
+    return said if in_headers is None else said | in_headers
 
 
 class Route:
@@ -121,6 +141,10 @@ class Route:
             return None
         if isinstance(body.stop, list) and len(body.stop) > (self.max_stops or len(body.stop)):
             return None
+        try:
+            said = asked.terms if body.vllm_xargs is None else _take_terms(body, asked.terms)
+        except TermError:
+            return None
         base = asked.request_id
         if base is None:
             base = fallback_id if body.request_id is msgspec.UNSET else body.request_id
@@ -138,6 +162,7 @@ class Route:
             kind=self._kind(body) if body.stream else None,
             origin=asked.origin,
             length=len(raw),
+            terms=said,
         )
 
     def _engine_id(self, name: str) -> str:

@@ -1,16 +1,31 @@
 """Tenants: who sends a request, known from its API key alone, and what they may have in flight.
 
-A tenants file (YAML, or JSON by its ending) is a list of entries::
+A tenants file (YAML, or JSON by its ending) is a list of entries; only the name is needed::
 
     - name: acme
       keys: [9f86d081884c7d65…]        # SHA-256 of each key: `scalellm tenants hash`
-      weight: 2                        # share under contention, for schedulers
-      priority: 0                      # lower is sooner, for schedulers, as in vLLM
-      max_requests: 64                 # limits: see limits.py
+
+      # At the gate: answered with 429 beyond these, see limits.py.
+      max_requests: 64
       max_queued_prompt_tokens: 50000
 
+      # In the engine, for policies that look at it.
+      weight: 2                        # share under contention
+      max_running: 16                  # sequences that run at the same time
+      kv_floor: 0.1                    # share of the KV blocks that others leave to it, 0 to 1 …
+      kv_ceiling: 0.5                  # … and that it can have at most
+      tokens_per_minute: 100000        # of prompts and answers together
+
+      # Where its requests do not say so themselves.
+      priority: 5                      # lower is sooner, as in vLLM; 0 says nothing
+      ttft_ms: 500                     # target for the first token …
+      tpot_ms: 50                      # … and for each after it
+
+      isolate_prefix: true             # shares no cached prefix with other tenants
+
 The entry named "default" is everybody with one of vLLM's own `--api-key`s. The file is read again
-when it changes. Pure: imports neither vLLM nor torch.
+when it changes. With a file the tenant and its weight are the file's: what a request says about
+them is looked at for mistakes, and has no effect. Pure: imports neither vLLM nor torch.
 """
 
 from __future__ import annotations
@@ -27,15 +42,17 @@ import msgspec
 from msgspec import Meta
 
 from scalellm_plugins.errors import ConfigError, closest_first
-from scalellm_plugins.scheduling.fair import DEFAULT
+from scalellm_plugins.scheduling import terms
+from scalellm_plugins.scheduling.terms import DEFAULT
 
-from .limits import GAUGES, Limits
+from .limits import GAUGES, Limit, Limits
 
 logger = logging.getLogger("vllm.scalellm")
 
 OPTION = "scalellm.frontend.tenants"
 
 Hash = Annotated[str, Meta(pattern="^[0-9a-fA-F]{64}$")]
+Target = Annotated[float, Meta(gt=0, le=terms.LONGEST_MS)] | None
 _REMEDY = "Mend it there; `scalellm tenants check FILE` says whether it is right"
 _HASH_WANTED = "64 hexadecimal digits, the SHA-256 of a key: `scalellm tenants hash` makes it"
 
@@ -46,8 +63,15 @@ class Tenant(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._@:-]{1,64}$")]
     keys: tuple[Hash, ...] = ()
     key_hash: Hash | None = None
-    weight: Annotated[float, Meta(gt=0, le=1e6)] = 1.0
+    weight: Annotated[float, Meta(ge=terms.LIGHTEST, le=terms.HEAVIEST)] = 1.0
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
+    max_running: Limit = None
+    kv_floor: Annotated[float, Meta(ge=0, le=1)] | None = None
+    kv_ceiling: Annotated[float, Meta(gt=0, le=1)] | None = None
+    tokens_per_minute: Limit = None
+    ttft_ms: Target = None
+    tpot_ms: Target = None
+    isolate_prefix: bool = False
 
     def hashes(self) -> list[bytes]:
         """Return the digests of its keys."""
@@ -136,7 +160,7 @@ def parse(path: str, text: str) -> list[Tenant]:
             "[{name: acme, keys: [HASH], max_requests: 8}]"
         )
     tenants = [_entry(path, number, entry) for number, entry in enumerate(raw, 1)]
-    _check_unique(path, tenants)
+    _check_together(path, tenants)
     return tenants
 
 
@@ -181,11 +205,24 @@ def _entry(path: str, number: int, raw: Any) -> Tenant:
                 # Not shown: it may well be a key that should have been a hash.
                 raise ConfigError(f"{where}: {field} must be {_HASH_WANTED}") from None
             raise ConfigError(f"{where}: {field}: {value!r} is not valid: {error}") from None
-    return msgspec.convert(raw, Tenant)
+    tenant = msgspec.convert(raw, Tenant)
+    floor, ceiling = tenant.kv_floor, tenant.kv_ceiling
+    if floor is not None and ceiling is not None and floor > ceiling:
+        raise ConfigError(
+            f"{where}: kv_floor {floor:g} is above kv_ceiling {ceiling:g}; lower the one or raise "
+            "the other"
+        )
+    return tenant
 
 
-def _check_unique(path: str, tenants: Sequence[Tenant]) -> None:
+def _check_together(path: str, tenants: Sequence[Tenant]) -> None:
     names: set[str] = set()
+    floors = sum(tenant.kv_floor or 0.0 for tenant in tenants)
+    if floors > 1 + 1e-9:
+        raise ConfigError(
+            f"{OPTION}: {path!r}: the tenants' kv_floor come to {floors:g}, and there is 1 to "
+            "share; lower some"
+        )
     owners: dict[bytes, str] = {}
     for tenant in tenants:
         if tenant.name in names:
@@ -241,6 +278,11 @@ class TenantFile:
             self._take(known[1:].decode(), closed=known[:1] == b"1")
             logger.error("%s. The tenants are those that the file last had.", error)
 
+    @property
+    def is_file(self) -> bool:
+        """Whether there is a file: without one, requests name their tenants themselves."""
+        return self._path is not None
+
     def _take(self, text: str, *, closed: bool) -> None:
         assert self._path is not None
         tenants = parse(self._path, text)
@@ -279,15 +321,29 @@ class TenantFile:
 # The command
 
 
+_IN_ENGINE = ("max_running", "kv_floor", "kv_ceiling", "tokens_per_minute", "ttft_ms", "tpot_ms")
+
+
 def table(tenants: Sequence[Tenant]) -> str:
-    """Return the tenants as lines of text, keys by number only."""
-    rows = [("name", "keys", "weight", "priority", *(f"max_{gauge}" for gauge in GAUGES))]
+    """Return the tenants as lines of text, keys by number only.
+
+    What concerns the engine is shown where somebody has it: the table is wide enough.
+    """
+    columns = ["priority", *(f"max_{gauge}" for gauge in GAUGES)]
+    columns += [name for name in _IN_ENGINE if any(getattr(one, name) for one in tenants)]
+    columns += ["isolate_prefix"] if any(one.isolate_prefix for one in tenants) else []
+    rows = [("name", "keys", "weight", *columns)]
     for tenant in tenants:
-        limits = ("-" if limit is None else str(limit) for limit in tenant.by_gauge())
-        keys = str(len(tenant.hashes()))
-        rows.append((tenant.name, keys, f"{tenant.weight:g}", str(tenant.priority), *limits))
+        cells = (_cell(getattr(tenant, name)) for name in columns)
+        rows.append((tenant.name, str(len(tenant.hashes())), _cell(tenant.weight), *cells))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
+
+
+def _cell(value: float | bool | None) -> str:
+    if value is None:
+        return "-"
+    return ("yes" if value else "no") if isinstance(value, bool) else f"{value:.10g}"

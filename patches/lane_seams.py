@@ -274,6 +274,31 @@ FAST_LANE = (
         ),
     ),
     Seam(
+        name="engine_refusals",
+        feature="frontend",
+        why="what the engine refuses is an exception of both kinds: with a status, without a trace",
+        targets=(
+            Target(
+                module="vllm.exceptions",
+                qualname="GracefulHTTPError.__init__",
+                parameters=("message", "http_status"),
+                assigns=("self.http_status",),
+            ),
+            Target(
+                module="vllm.exceptions",
+                qualname="GenerationError.__init__",
+                parameters=("message",),
+                assigns=("self.status_code",),
+            ),
+            Target(
+                module="vllm.entrypoints.generate.base.serving",
+                qualname="GenerateBaseServing._convert_generation_error_to_streaming_response",
+                parameters=("e",),
+                calls=("self.create_streaming_error_response",),
+            ),
+        ),
+    ),
+    Seam(
         name="client_errors",
         feature="frontend",
         why="bad requests that vLLM answers with 500, or not at all, get 400 and are forgotten",

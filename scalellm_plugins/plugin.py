@@ -58,6 +58,13 @@ def fast_lane() -> Any:
     return FastLaneEndpoint()
 
 
+def terms() -> Any:
+    """`vllm.endpoint_plugins`: no route; what requests say to the scheduler, in vLLM's frontend."""
+    from .frontends.attach import TermsEndpoint
+
+    return TermsEndpoint()
+
+
 def keep_options() -> None:
     """`torch.backends`: keep `--plugins` and `--scalellm` alive under a foreign `VLLM_PLUGINS`.
 

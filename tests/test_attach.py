@@ -19,8 +19,8 @@ pytestmark = pytest.mark.vllm
 
 
 def test_clients_cannot_speak_to_the_engines_side() -> None:
-    """Else anybody could have the engine keep its tokens. A tenant may be named; where keys are
-    checked, the gate puts theirs in its place (test_overload.py)."""
+    """Else anybody could have the engine keep its tokens. Terms may be said; where keys are
+    checked, the tenant's entry is put in their place (test_terms_server.py)."""
     made = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=None))
 
     def process_inputs(_request_id: str, _prompt: Any, params: Any) -> Any:
@@ -29,8 +29,9 @@ def test_clients_cannot_speak_to_the_engines_side() -> None:
 
     processor = SimpleNamespace(process_inputs=process_inputs)
     requests.reserve_names(processor)
-    processor.process_inputs("id", None, {"scalellm_kept": "x", "scalellm_tenant": "t", "mine": 1})
-    assert made.sampling_params.extra_args == {"scalellm_tenant": "t", "mine": 1}
+    said = {"scalellm_tenant": "t", "scalellm_deadline_ms": 5, "mine": 1}
+    processor.process_inputs("id", None, {"scalellm_kept": "x", "scalellm_kv_floor": 1, **said})
+    assert made.sampling_params.extra_args == said
     processor.process_inputs("id", None, {"scalellm_hold": 0})
     assert made.sampling_params.extra_args is None
     processor.process_inputs("id", None, None)

@@ -19,7 +19,6 @@ from scalellm_plugins.frontends.admission import SERVER, Admission
 from scalellm_plugins.frontends.gate import GUARDED, Gate, Pass, Seat
 from scalellm_plugins.frontends.limits import Limits, Refusal
 from scalellm_plugins.frontends.tenants import Tenant, TenantFile
-from scalellm_plugins.scheduling.fair import TENANT, WEIGHT
 
 NOTHING = [0, 0, 0, 0]
 
@@ -117,10 +116,6 @@ async def test_a_prompt_counts_from_its_call_to_its_end(engine: Engine, gate: Ga
     assert used(SERVER) == [1, 0, 0, 0]
     ticket.leave()
     assert used(SERVER) == NOTHING
-    assert engine.output_processor.added[0].sampling_params.extra_args == {
-        TENANT: "acme",
-        WEIGHT: 1.0,
-    }
 
 
 async def test_what_has_no_room_is_refused_before_the_engine_hears_of_it(
@@ -180,16 +175,6 @@ async def test_two_prompts_with_one_id_are_told_apart(engine: Engine, gate: Gate
     for stream in streams:
         await stream.aclose()
     assert gate.counters.used(SERVER) == NOTHING
-
-
-async def test_nobody_names_a_tenant_but_us(engine: Engine, gate: Gate) -> None:
-    given = {TENANT: "acme", "other": 1}
-    engine.output_processor.add_request(
-        SimpleNamespace(request_id="x", sampling_params=params(extra_args=given)), None
-    )
-    made = engine.output_processor.added[0].sampling_params.extra_args
-    assert made == {TENANT: "default", WEIGHT: 1.0, "other": 1}
-    assert given[TENANT] == "acme", "the client's own object is left alone"
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,7 @@ async def test_tenants_by_their_keys(stand: Any) -> None:
     assert "max_requests in the tenants file" in json.loads(body)["error"]["message"]
     used = [here.used(name)[0] for name in ("acme", "other", "default")]
     assert used == [1, 1, 1]
-    assert here.application.passes[0].extra == {
+    assert here.application.passes[0].bound.extra == {
         "scalellm_tenant": "acme",
         "scalellm_weight": 1.0,
     }

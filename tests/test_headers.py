@@ -76,6 +76,18 @@ def test_what_requests_carry_is_read_as_vllm_reads_it() -> None:
     assert asked.priority is None
 
 
+def test_terms_are_taken_along_and_mistakes_are_vllms_own_business() -> None:
+    """Where they are refused in the same words as those of bodies (test_terms_server.py)."""
+    asked = reader().read([JSON, (b"x-scalellm-tpot-ms", b"2.5"), (b"x-scalellm-tenant", b"a")])
+    assert asked is not None
+    assert asked.terms == {"scalellm_tpot_ms": 2.5, "scalellm_tenant": "a"}
+    asked = reader().read([JSON, (b"x-vllm-priority", b"3")])
+    assert asked is not None
+    assert asked.terms is None
+    for wrong in [(b"x-scalellm-tpot-ms", b"0"), (b"x-scalellm-topt-ms", b"5")]:
+        assert reader().read([JSON, wrong]) is None
+
+
 @pytest.mark.parametrize(
     ("value", "right"),
     [

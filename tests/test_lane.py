@@ -323,7 +323,7 @@ def test_a_client_that_leaves_while_its_prompt_is_tokenized_asks_for_nothing(lon
 def test_a_long_prompt_that_has_no_room_is_not_passed_on(long: Bench) -> None:
     """The gate has answered already."""
     peer = long.peer()
-    peer.connection.admitted = SimpleNamespace(extra={}, admit_prompt=lambda *_: False)
+    peer.connection.admitted = SimpleNamespace(bound=None, admit_prompt=lambda *_: False)
     assert long.lane.take(peer.connection, peer.cycle)
     tokenized(long)
     assert (long.core.requests, peer.passed_on) == ({}, [])

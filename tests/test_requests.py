@@ -17,8 +17,11 @@ from vllm.inputs import tokens_input
 
 from scalellm_plugins.engine.holding import HOLD
 from scalellm_plugins.frontends import requests
+from scalellm_plugins.frontends.bound import Bound
 from scalellm_plugins.frontends.requests import RequestMaker
 from scalellm_plugins.frontends.routes import Asked
+from scalellm_plugins.frontends.tenants import Tenant
+from scalellm_plugins.scheduling.terms import DEADLINE, TENANT, TPOT, TTFT, WEIGHT
 
 from .lane_parts import CHAT, COMPLETION, bench
 
@@ -97,8 +100,8 @@ def maker(path: str) -> RequestMaker:
     return RequestMaker(bench().client, bench().routes[path], ("generate",))
 
 
-def ask_for(path: str, body: dict[str, Any]) -> Any:
-    ask = bench().routes[path].read(json.dumps(body).encode(), Asked(), "name")
+def ask_for(path: str, body: dict[str, Any], **headers: Any) -> Any:
+    ask = bench().routes[path].read(json.dumps(body).encode(), Asked(**headers), "name")
     assert ask is not None
     return ask
 
@@ -199,13 +202,56 @@ def test_requests_are_independent() -> None:
 
 
 def test_a_tenant_is_part_of_the_pattern() -> None:
-    """One tenant's requests would be counted as another's."""
+    """One tenant's requests would be counted as another's; an entry that changed would not."""
     made = maker(CHAT)
     ask = ask_for(CHAT, full(CHAT, {}))
-    for tenant in ("a", "b", "a", None):
-        extra = None if tenant is None else {"tenant": tenant}
-        params = made.make(ask, [1, 2], None, extra).sampling_params
-        assert params.extra_args == extra
+    for name, weight in [("a", 1.0), ("b", 1.0), ("a", 1.0), ("a", 2.0), (None, 0.0)]:
+        bound = None if name is None else Bound(Tenant(name=name, weight=weight))
+        params = made.make(ask, [1, 2], None, bound).sampling_params
+        assert params.extra_args == (name and {TENANT: name, WEIGHT: weight})
+
+
+SAID = [{}, {DEADLINE: 5, "mine": 1}, {DEADLINE: 6, "mine": 1}, {TENANT: "b", TTFT: 7}, {WEIGHT: 3}]
+
+
+@pytest.mark.parametrize("tenant", [None, Tenant(name="acme", ttft_ms=9)])
+@pytest.mark.parametrize("hold", [None, 0])
+def test_terms_are_the_requests_own(tenant: Tenant | None, hold: int | None) -> None:
+    """They differ from request to request: neither another's pattern may show, nor one for each
+    of them fill the memory."""
+    made = maker(CHAT)
+    bound = tenant and Bound(tenant)
+    for said in [*SAID, *SAID]:
+        for headers in (None, {TPOT: 2.5}, {DEADLINE: 8}):
+            ask = ask_for(CHAT, full(CHAT, {"vllm_xargs": said}), terms=headers)
+            got = made.make(ask, [1, 2], hold, bound).sampling_params.extra_args
+            expected = said | (headers or {})
+            if tenant is not None:
+                expected = {TTFT: 9.0, **expected, TENANT: "acme", WEIGHT: 1.0}
+            if hold is not None:
+                expected = {**expected, HOLD: hold}
+            assert (got or {}) == expected
+    assert len(made._patterns) == 3, "other extra arguments, an empty mapping, none"
+
+
+@pytest.mark.parametrize("said", [{WEIGHT: 0}, {WEIGHT: "2"}, {"scalellm_wieght": 2}, {HOLD: 0}])
+def test_terms_that_are_not_valid_are_vllms_own_business(said: dict[str, Any]) -> None:
+    """There they are refused (test_terms_server.py)."""
+    raw = json.dumps(full(CHAT, {"vllm_xargs": said})).encode()
+    assert bench().routes[CHAT].read(raw, Asked(), "name") is None
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETION])
+def test_a_tenants_class_and_salt(path: str) -> None:
+    made = maker(path)
+    acme = Bound(Tenant(name="acme", priority=7, isolate_prefix=True))
+    for _ in range(2):  # checked by vLLM, and from the pattern
+        for said, header, expected in [({}, None, 7), ({"priority": 3}, None, 3), ({}, -2, -2)]:
+            for salt in (None, "own"):
+                body = full(path, {**said, **({"cache_salt": salt} if salt else {})})
+                ask = ask_for(path, body, priority=header)
+                got = made.make(ask, [1, 2], None, acme)
+                assert (got.priority, got.cache_salt) == (expected, acme.salted(salt))
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ class Stand:
         made.first()
         running = self.used()
         made.done()
-        return json.dumps([ticket.extra, waiting, running])
+        return json.dumps([ticket.bound and ticket.bound.extra, waiting, running])
 
     def used(self) -> list[int]:
         return self.gate.counters.used(SERVER)

@@ -45,10 +45,15 @@ def test_a_yaml_file_with_everything(tmp_path: Path) -> None:
     file.write_text(
         f"tenants:\n- name: acme\n  keys: [{sha('k1')}, {sha('k2').upper()}]\n  weight: 0.5\n"
         "  priority: -1\n  max_requests: 8\n  max_queued_requests: 4\n  max_prompt_tokens: 1000\n"
-        f"  max_queued_prompt_tokens: 500\n- {{name: solo, key_hash: {sha('k3')}}}\n"
+        "  max_queued_prompt_tokens: 500\n  max_running: 3\n  kv_floor: 0\n  kv_ceiling: 1\n"
+        "  tokens_per_minute: 600\n  ttft_ms: 250\n  tpot_ms: 12.5\n  isolate_prefix: true\n"
+        f"- {{name: solo, key_hash: {sha('k3')}}}\n"
     )
     acme, solo = load(str(file))
     assert (acme.weight, acme.priority, acme.by_gauge()) == (0.5, -1, (8, 4, 1000, 500))
+    assert (acme.max_running, acme.kv_floor, acme.kv_ceiling) == (3, 0, 1)
+    assert (acme.tokens_per_minute, acme.ttft_ms, acme.tpot_ms) == (600, 250, 12.5)
+    assert (acme.isolate_prefix, solo.isolate_prefix) == (True, False)
     assert solo.by_gauge() == (None,) * 4
     book = TenantBook([acme, solo])
     found = [book.of(bearer(key)) for key in ("k1", "k2", "k3")]
@@ -101,6 +106,20 @@ def test_every_key_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
         ([{"name": "a", "max_requests": 0}], "max_requests: 0 is not valid"),
         ([{"name": "a", "max_requests": "8"}], "max_requests: '8' is not valid"),
         ([{"name": "a", "weight": 0}], "weight: 0 is not valid"),
+        ([{"name": "a", "weight": 1e-300}], "weight: 1e-300 is not valid"),
+        ([{"name": "a", "max_running": 0}], "max_running: 0 is not valid"),
+        ([{"name": "a", "max_running": 1.5}], "max_running: 1.5 is not valid"),
+        ([{"name": "a", "tokens_per_minute": 0}], "tokens_per_minute: 0 is not valid"),
+        ([{"name": "a", "kv_floor": -0.1}], "kv_floor: -0.1 is not valid"),
+        ([{"name": "a", "kv_floor": 30}], "kv_floor: 30 is not valid"),
+        ([{"name": "a", "kv_ceiling": 0}], "kv_ceiling: 0 is not valid"),
+        ([{"name": "a", "kv_ceiling": 1.1}], "kv_ceiling: 1.1 is not valid"),
+        ([{"name": "a", "kv_floor": 0.5, "kv_ceiling": 0.4}], "0.5 is above kv_ceiling 0.4"),
+        ([{"name": "a", "kv_floor": 0.6}, {"name": "b", "kv_floor": 0.5}], "come to 1.1"),
+        ([{"name": "a", "ttft_ms": 0}], "ttft_ms: 0 is not valid"),
+        ([{"name": "a", "tpot_ms": "5"}], "tpot_ms: '5' is not valid"),
+        ([{"name": "a", "priority": 0.5}], "priority: 0.5 is not valid"),
+        ([{"name": "a", "isolate_prefix": "yes"}], "isolate_prefix: 'yes' is not valid"),
         ([ACME, {"name": "acme"}], "two tenants named 'acme'"),
         ([ACME, {"name": "b", "keys": [sha("k2").upper()]}], "belongs to both 'acme' and 'b'"),
     ],
@@ -243,5 +262,12 @@ def test_check_says_what_is_there_and_what_is_wrong(
     shown = capsys.readouterr().out
     assert "acme" in shown
     assert sha("k1") not in shown
+    assert "kv_floor" not in shown, "nobody has one"
+    more = {**ACME, "kv_floor": 0.25, "ttft_ms": 1234567.5, "isolate_prefix": True}
+    assert cli.main(["tenants", "check", write(path, [more, {"name": "b"}])]) == 0
+    head, acme, other = capsys.readouterr().out.splitlines()[-3:]
+    assert head.split()[-3:] == ["kv_floor", "ttft_ms", "isolate_prefix"]
+    assert acme.split()[-3:] == ["0.25", "1234567.5", "yes"]
+    assert other.split()[-3:] == ["-", "-", "no"]
     assert cli.main(["tenants", "check", write(path, [{"name": "a", "x": 1}])]) == cli.USAGE_ERROR
     assert "unknown field 'x'" in capsys.readouterr().err

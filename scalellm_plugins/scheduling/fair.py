@@ -24,14 +24,12 @@ from .policy import Engine, Policy, Work
 if TYPE_CHECKING:
     from scalellm_plugins.config import SchedulerConfig
 
+from .terms import DEFAULT as DEFAULT
+from .terms import TENANT as TENANT
+from .terms import WEIGHT as WEIGHT
+
 PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
 """What a token of a prompt and a generated one cost, as in the paper's experiments."""
-
-TENANT, WEIGHT = "scalellm_tenant", "scalellm_weight"
-"""In `sampling_params.extra_args`, from the frontend or `vllm_xargs`: a name, and its weight."""
-
-DEFAULT = "default"
-"""The tenant of requests that name none."""
 
 MOST = 8192
 """Tenants that are remembered though nothing of theirs waits."""
