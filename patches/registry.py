@@ -28,6 +28,7 @@ from .planned_seams import PLANNED
 from .seams import READY, Entry, Seam
 from .shared_seams import WORKERS
 from .sources import Source
+from .virtual_seams import VIRTUAL
 
 __all__ = [
     "PATCHES",
@@ -46,7 +47,7 @@ __all__ = [
 
 logger = logging.getLogger("vllm.scalellm")  # below "vllm": its handlers and its level
 
-SEAMS: tuple[Seam, ...] = (*READY, *FAST_LANE, *WORKERS, *IPC_SEAMS, *PLANNED)
+SEAMS: tuple[Seam, ...] = (*READY, *FAST_LANE, *WORKERS, *IPC_SEAMS, *VIRTUAL, *PLANNED)
 
 
 @dataclass(frozen=True)

@@ -47,10 +47,17 @@ def main(job_file: str, result_file: str) -> int:
 
         run = VirtualEngine(job).run(progress)
     except (ScaleLLMError, ValueError) as error:  # vLLM's own complaints about options, too
-        tell(error=f"{error}")
+        tell(error=_text(error))
         return 1
     Path(result_file).write_bytes(msgspec.msgpack.encode(run))
     return 0
+
+
+def _text(error: Exception) -> str:
+    """An error in one line; pydantic, which checks vLLM's options, makes a page of it."""
+    if callable(details := getattr(error, "errors", None)):
+        return "; ".join(one["msg"] for one in details())
+    return str(error)
 
 
 if __name__ == "__main__":
