@@ -257,7 +257,7 @@ def _table(cell: str, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _within(row: dict[str, Any]) -> bool:
-    return abs(row["difference"]) <= TOLERANCE
+    return bool(abs(row["difference"]) <= TOLERANCE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -172,6 +172,7 @@ def test_a_request_from_its_first_share_to_its_end() -> None:
     [
         ("scalellm:504:too late by 3 s", "dropped", "too late by 3 s"),
         ("scalellm:429:quota: tokens", "refused", "quota: tokens"),
+        ("scalellm:429;12:later", "refused", "later"),
         ("scalellm:500:odd", "failed", "odd"),
         ("something", "failed", "something"),
         (None, "failed", "error"),

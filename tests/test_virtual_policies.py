@@ -30,6 +30,10 @@ def test_first_come_first_served_needs_no_name_in_the_options() -> None:
     assert policy.options.get("policy") in (None, "fcfs")
 
 
+def test_several_in_one_are_joined_as_the_option_has_them() -> None:
+    assert policies._named("priority+fair") == {"policy": "priority,fair"}
+
+
 def test_options_for_all_and_for_one() -> None:
     one, other = policies.parse(["fair:enabled=false", "fair"], ["scheduler.enabled=true"])
     assert one.label == "fair:enabled=false"

@@ -130,4 +130,5 @@ def _outcome(finish: str, stop: Any) -> tuple[Outcome, str]:
     if not text.startswith(_PREFIX):
         return "failed", text
     status, _, message = text.removeprefix(_PREFIX).partition(":")
-    return _OUTCOMES.get(status, "failed"), message
+    # A status may say when to try again: 429;12.
+    return _OUTCOMES.get(status.partition(";")[0], "failed"), message

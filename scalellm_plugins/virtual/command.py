@@ -202,8 +202,8 @@ def _add_policies(group: argparse._ArgumentGroup) -> None:
         action="append",
         metavar="NAME[:KEY=VALUE…]",
         help="comma list, may be repeated: policies of --scalellm.scheduler.policy, each with "
-        "options of its own if need be; vllm and vllm-priority: vLLM's own scheduler (default: "
-        "fcfs)",
+        "options of its own if need be, several in one as a+b; vllm and vllm-priority: vLLM's own "
+        "scheduler (default: fcfs)",
     )
     group.add_argument(
         "--set",

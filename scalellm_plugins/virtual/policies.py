@@ -62,7 +62,7 @@ def _policy(text: str, shared: dict[str, Any]) -> Policy:
 
 def _named(name: str) -> dict[str, Any]:
     """The option that chooses a policy. First come, first served is also what no policy means."""
-    named = {"policy": name}
+    named = {"policy": name.replace("+", ",")}
     if name == "fcfs":
         try:
             config.parse({"scheduler": named})
