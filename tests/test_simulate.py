@@ -118,6 +118,13 @@ def test_policies_do_what_they_are_for(runs: dict[str, Run]) -> None:
 
 
 @pytest.mark.vllm
+def test_a_scheduler_that_is_not_ours_is_not_taken_for_it() -> None:
+    off = Policy(label="off", ours=True, options={"enabled": False})
+    with pytest.raises(SimulationError, match=r"policy off: .*vLLM's own AsyncScheduler"):
+        run_all(SETTINGS, [off], workload()[:1])
+
+
+@pytest.mark.vllm
 def test_a_run_that_vllm_refuses_says_why() -> None:
     impossible = msgspec.structs.replace(SETTINGS, max_num_batched_tokens=8, max_num_seqs=24)
     with pytest.raises(SimulationError, match=r"policy vllm: .*max_num_batched_tokens"):

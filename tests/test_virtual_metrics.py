@@ -201,10 +201,10 @@ def test_who_waits_is_who_is_there_and_does_not_run() -> None:
 
 def test_kv_use_is_a_mean_over_time() -> None:
     wire = Wire(request())
-    for at, kv in ((1.0, 0.5), (3.0, 0.1), (4.0, 0.1)):
+    for at, kv in ((1.0, 0.5), (3.0, 0.0), (13.0, 0.4), (14.0, 0.4)):
         wire.step(at, "0", kv=kv)
     assert wire.collector.kv_max == 0.5
-    assert wire.collector.kv_mean == pytest.approx((0.5 + 0.2 + 0.1) / 4)
+    assert wire.collector.kv_mean == pytest.approx((2 * 0.5 + 10 * 0.0 + 1 * 0.4) / 14)
 
 
 def test_samples_stay_few_and_cover_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,11 @@ def test_a_trace_is_shared_out_by_rate_and_its_lengths_may_be_replaced() -> None
     assert not [r for r in requests if r.tenant == "b" and r.at >= 300]
 
 
+def test_more_requests_than_memory_holds_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--rate: about 60,000,000 requests in 60 s"):
+        synthetic([Tenant(rate=1e6)], Defaults(), 60.0, 0)
+
+
 # Lengths
 
 
@@ -189,7 +194,9 @@ def test_tenants_in_files(tmp_path: Path) -> None:
         ("a:weight", r"'weight' is not KEY=VALUE"),
         ("a:weight=-1", r"a: .*weight.*"),
         ("a:rate=fast", r"a: .*rate"),
-        ("a:weight=inf,b:rate=0", r"b: .*rate"),
+        ("a:weight=inf", r"a: .*weight"),
+        ("a:rate=inf", r"a: .*not finite"),
+        ("a,b:rate=0", r"b: .*rate"),
         ("a,b,a", r"'a' is there twice"),
         ("", r"name"),
         ("a b", r"name"),

@@ -37,8 +37,7 @@ class Collector:
         self.tokens = 0
         self.ended = 0
         self.kv_max = 0.0
-        self._kv_area = 0.0
-        self._at = 0.0
+        self._kv_area = self._kv = self._at = 0.0
         self._one = len(weights) == 1
         self._tenant = {str(number): one.tenant for number, one in enumerate(requests)}
         self._alive_of: Counter[str] = Counter()
@@ -95,8 +94,8 @@ class Collector:
 
     def step(self, at: float, running: Sequence[Any], kv: float) -> None:
         """A step has ended, with these still running and that share of KV blocks in use."""
-        self._kv_area += kv * (at - self._at)
-        self._at = at
+        self._kv_area += self._kv * (at - self._at)
+        self._at, self._kv = at, kv
         if kv > self.kv_max:
             self.kv_max = kv
         waiting = len(self.alive) - len(running)

@@ -56,10 +56,20 @@ class VirtualEngine:
         self.core = _core(job, self.clock)
         self.scheduler = self.core.scheduler
         self.collector = Collector(job.requests)
-        if hasattr(self.scheduler, "sends_columns"):
+        if job.policy.ours:
+            self._check_is_ours()
             self.scheduler.sends_columns = True  # `_take` knows them
         self._watch_steps()
         install(VirtualTime(self.clock), [*_policy_modules(self.scheduler)])
+
+    def _check_is_ours(self) -> None:
+        from scalellm_plugins.scheduling.lean import LeanScheduler
+
+        if not isinstance(self.scheduler, LeanScheduler):
+            raise ScaleLLMError(
+                f"policy {self._job.policy.label}: the scheduler is vLLM's own "
+                f"{type(self.scheduler).__name__}: `scalellm doctor --feature scheduler` says why"
+            )
 
     def _watch_steps(self) -> None:
         """See what is new in a step when the executor is given it."""

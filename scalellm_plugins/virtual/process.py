@@ -46,6 +46,11 @@ def main(job_file: str, result_file: str) -> int:
         from .engine import VirtualEngine
 
         run = VirtualEngine(job).run(progress)
+    except ModuleNotFoundError as error:
+        if error.name != "vllm":
+            raise
+        tell(error="there is no vLLM in this environment: pip install vllm (no GPU is needed)")
+        return 1
     except (ScaleLLMError, ValueError) as error:  # vLLM's own complaints about options, too
         tell(error=_text(error))
         return 1

@@ -10,7 +10,7 @@ from .job import Record, Request, Run
 Figures = Mapping[str, Any]
 Column = Sequence[str]
 
-_LATENCIES = (("TTFT ms", "ttft"), ("TPOT ms", "tpot"), ("E2E ms", "e2e"))
+_LATENCIES = (("queue ms", "queue"), ("TTFT ms", "ttft"), ("TPOT ms", "tpot"), ("E2E ms", "e2e"))
 _PERCENTILES = ("p50", "p90", "p99")
 
 

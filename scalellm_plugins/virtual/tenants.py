@@ -12,6 +12,7 @@ In the short form `prompt` and `output` take what has no colon: a number or a pr
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +29,7 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """One sender. None: as the option of the whole workload says."""
 
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._@-]{1,64}$")] = "default"
-    weight: _Positive = 1.0
+    weight: Annotated[float, Meta(ge=1e-6, le=1e6)] = 1.0
     """Its share where shares matter."""
     rate: _Positive | None = None
     """Requests per second; in a trace, its part of the rows in proportion to the others'."""
@@ -135,6 +136,9 @@ def _tenant(raw: Any) -> Tenant:
         tenant = msgspec.convert({"name": None, **raw}, Tenant)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{OPTION}: {name}: {raw!r} is not valid: {error}") from None
+    numbers = (value for value in raw.values() if isinstance(value, float))
+    if not all(map(math.isfinite, numbers)):
+        raise ConfigError(f"{OPTION}: {name}: {raw!r}: a number is not finite")
     if tenant.until_s is not None and tenant.until_s <= tenant.from_s:
         raise ConfigError(
             f"{OPTION}: {name}: until_s {tenant.until_s:g} is not after from_s {tenant.from_s:g}"

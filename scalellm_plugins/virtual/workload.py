@@ -18,6 +18,9 @@ from .lengths import Lengths
 from .tenants import Tenant
 from .trace import Trace
 
+MOST = 5_000_000
+"""Requests; more would fill the memory before anything is simulated."""
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -44,6 +47,12 @@ def synthetic(
     Raises:
         ConfigError: lengths that are none, or no request at all.
     """
+    expected = seconds * sum(tenant.rate or defaults.rate for tenant in tenants)
+    if expected > MOST:
+        raise ConfigError(
+            f"--rate: about {expected:,.0f} requests in {seconds:g} s, more than {MOST:,}. Give "
+            "less of either."
+        )
     streams = [_stream(tenant, defaults, seconds, seed) for tenant in tenants]
     requests = list(merge(*streams, key=lambda request: request.at))
     if not requests:
