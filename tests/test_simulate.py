@@ -132,15 +132,16 @@ def test_a_run_that_vllm_refuses_says_why() -> None:
 
 
 STUCK = """
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from scalellm_plugins.virtual import engine as module
 from scalellm_plugins.virtual.engine import StuckError, VirtualEngine
 from scalellm_plugins.virtual.job import Job, Policy, Request, Settings
 
+module.STUCK_AFTER_S = 5.0
 requests = [Request(at=1.0, tenant="a", prompt=5, output=5)]
 settings = Settings(max_model_len=64, kv_blocks=100)
 job = Job(settings=settings, policy=Policy(label="lazy", ours=False), requests=requests)
 engine = VirtualEngine(job)
-engine.scheduler.max_num_running_reqs = 0
+engine.scheduler.max_num_scheduled_tokens = 0
 try:
     engine.run(lambda *_: None)
 except StuckError as error:
