@@ -23,7 +23,6 @@ from vllm.v1.engine.core import EngineCore
 
 from scalellm_plugins.engine.plain import PlainOutputs
 from scalellm_plugins.errors import ScaleLLMError
-from scalellm_plugins.scheduling.fair import TENANT, WEIGHT
 from scalellm_plugins.simulator.model_dir import shape_of
 from scalellm_plugins.simulator.roofline import model_preset
 from scalellm_plugins.simulator.timeline import VirtualClock
@@ -35,6 +34,9 @@ from .workload import prompt_ids
 
 IDLE_PAUSE_S = 0.001
 """What `EngineCoreProc._process_engine_step` sleeps when nothing ran though requests are there."""
+
+_SAID = ("tenant", "weight", "ttft_ms", "tpot_ms", "deadline_ms")
+"""What a request says of itself among vLLM's extra arguments, each after `scalellm_`."""
 
 STUCK_AFTER_S = 600.0
 """Virtual seconds without a step after which requests that are there will never run."""
@@ -177,13 +179,7 @@ def engine_request(number: int, request: Request) -> EngineCoreRequest:
     """Return the workload's request `number` as the frontend would send it to the engine."""
     from vllm import SamplingParams
 
-    extra = {
-        TENANT: request.tenant,
-        WEIGHT: request.weight,
-        "scalellm_ttft_ms": request.ttft_ms,
-        "scalellm_tpot_ms": request.tpot_ms,
-        "scalellm_deadline_ms": request.deadline_ms,
-    }
+    said = {f"scalellm_{name}": getattr(request, name) for name in _SAID}
     return EngineCoreRequest(
         request_id=str(number),
         prompt_token_ids=prompt_ids(number, request),
@@ -193,7 +189,7 @@ def engine_request(number: int, request: Request) -> EngineCoreRequest:
             temperature=0.0,
             ignore_eos=True,
             detokenize=False,
-            extra_args={key: value for key, value in extra.items() if value is not None},
+            extra_args={key: value for key, value in said.items() if value is not None},
         ),
         pooling_params=None,
         arrival_time=WALL_ORIGIN + request.at,

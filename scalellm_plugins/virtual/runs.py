@@ -51,12 +51,12 @@ def run_all(
             _Watch(Job(settings=settings, policy=policy, requests=requests), Path(folder), say)
             for policy in chosen
         ]
-        try:
-            with ThreadPoolExecutor(max_workers=at_once) as pool:
+        with ThreadPoolExecutor(max_workers=at_once) as pool:
+            try:
                 runs = list(pool.map(_Watch.run, watches))
-        finally:
-            for watch in watches:
-                watch.stop()
+            finally:  # one failed, or Ctrl-C: the others' work is for nothing
+                for watch in watches:
+                    watch.stop()
     return {policy.label: run for policy, run in zip(chosen, runs, strict=True)}
 
 
@@ -74,7 +74,11 @@ class _Watch:
         self._stopped = threading.Event()
 
     def run(self) -> Run:
-        """Run the process to its end."""
+        """Run the process to its end.
+
+        Raises:
+            SimulationError: it ended without a result, or was stopped.
+        """
         if self._stopped.is_set():
             raise SimulationError("stopped")
         job, result = self._folder / "job", self._folder / "result"
@@ -91,6 +95,8 @@ class _Watch:
             text=True,
             errors="replace",
         )
+        if self._stopped.is_set():  # meanwhile
+            self._process.kill()
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self._read(line.rstrip("\n"))
