@@ -149,7 +149,7 @@ class _Watch:
             self._error = message["error"]
             return
         now = time.monotonic()
-        if now - self._said >= REPORT_EVERY_S:
+        if now - self._said >= REPORT_EVERY_S and message["ended"]:
             self._said = now
             total = len(self._job.requests)
             self._say(
