@@ -191,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_policies(parser.add_argument_group("what is compared"))
     _add_workload(parser.add_argument_group("workload"))
+    _add_targets(parser.add_argument_group("targets of requests whose tenant has none of its own"))
     _add_server(parser.add_argument_group("server"))
     _add_output(parser.add_argument_group("output"))
     return parser
@@ -254,14 +255,16 @@ def _add_workload(group: argparse._ArgumentGroup) -> None:
         default=1.0,
         help="times as fast as recorded (default: 1)",
     )
-    for name, what in (("ttft", "to the first token"), ("tpot", "per further token")):
-        group.add_argument(f"--{name}-ms", **number, help=f"target {what}, ms")  # type: ignore[arg-type]
-    group.add_argument(
-        "--deadline-ms",
-        **number,  # type: ignore[arg-type]
-        help="target for the whole answer, ms from its arrival",
-    )
     group.add_argument("--seed", type=int, default=0, help="of the workload (default: 0)")
+
+
+def _add_targets(group: argparse._ArgumentGroup) -> None:
+    for name, what in (
+        ("ttft", "to the first token, ms from the arrival"),
+        ("tpot", "per further token, ms on average"),
+        ("deadline", "to the end of the answer, ms from the arrival"),
+    ):
+        group.add_argument(f"--{name}-ms", type=_positive, metavar="N", help=what)
 
 
 def _add_server(group: argparse._ArgumentGroup) -> None:

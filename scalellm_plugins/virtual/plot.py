@@ -78,12 +78,15 @@ def draw(
         axis.set_axisbelow(True)
     handles, labels = top[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    _save(figure, path)
+    pyplot.close(figure)
+
+
+def _save(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
         raise PlotError(f"--plot: {str(path)!r}: {error}") from None
-    finally:
-        pyplot.close(figure)
 
 
 def _latencies(axes: Sequence[Any], pairs: Sequence[Pair], label: str, color: str) -> None:
