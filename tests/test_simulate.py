@@ -127,8 +127,10 @@ def test_a_scheduler_that_is_not_ours_is_not_taken_for_it() -> None:
 @pytest.mark.vllm
 def test_a_run_that_vllm_refuses_says_why() -> None:
     impossible = msgspec.structs.replace(SETTINGS, max_num_batched_tokens=8, max_num_seqs=24)
+    said: list[str] = []
     with pytest.raises(SimulationError, match=r"policy vllm: .*max_num_batched_tokens"):
-        run_all(impossible, policies.parse(["vllm"]), workload()[:1])
+        run_all(impossible, policies.parse(["vllm,fcfs"]), workload()[:1], say=said.append)
+    assert said == ["vllm: starting vLLM's engine"], "the others are not begun"
 
 
 STUCK = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -11,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ class SimulationError(ScaleLLMError):
     """A run ended without a result."""
 
 
+class _StoppedError(SimulationError):
+    """It ended because another one did."""
+
+
 def run_all(
     settings: Settings,
     chosen: Sequence[Policy],
@@ -47,23 +52,33 @@ def run_all(
         SimulationError: a run failed; the text has what its process said.
     """
     with tempfile.TemporaryDirectory(prefix="scalellm-simulate-") as folder:
+        failed = threading.Event()
         watches = [
-            _Watch(Job(settings=settings, policy=policy, requests=requests), Path(folder), say)
+            _Watch(
+                Job(settings=settings, policy=policy, requests=requests), Path(folder), say, failed
+            )
             for policy in chosen
         ]
         with ThreadPoolExecutor(max_workers=at_once) as pool:
             try:
-                runs = list(pool.map(_Watch.run, watches))
+                futures = [pool.submit(watch.run) for watch in watches]
+                wait(futures, return_when=FIRST_EXCEPTION)
             finally:  # one failed, or Ctrl-C: the others' work is for nothing
+                failed.set()
                 for watch in watches:
                     watch.stop()
-    return {policy.label: run for policy, run in zip(chosen, runs, strict=True)}
+    errors = [error for future in futures if (error := future.exception())]
+    if errors:
+        raise next((one for one in errors if not isinstance(one, _StoppedError)), errors[0])
+    return {policy.label: future.result() for policy, future in zip(chosen, futures, strict=True)}
 
 
 class _Watch:
     """One process and what it says."""
 
-    def __init__(self, job: Job, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, job: Job, folder: Path, say: Callable[[str], None], failed: threading.Event
+    ) -> None:
         self._job = job
         self._say = say
         self._folder = Path(tempfile.mkdtemp(dir=folder))
@@ -71,7 +86,8 @@ class _Watch:
         self._log: deque[str] = deque(maxlen=_LOG_LINES)
         self._error = ""
         self._started = self._said = 0.0
-        self._stopped = threading.Event()
+        self._failed = failed
+        """Set when any of the runs has failed."""
 
     def run(self) -> Run:
         """Run the process to its end.
@@ -79,8 +95,15 @@ class _Watch:
         Raises:
             SimulationError: it ended without a result, or was stopped.
         """
-        if self._stopped.is_set():
-            raise SimulationError("stopped")
+        if self._failed.is_set():
+            raise _StoppedError(self._label)
+        try:
+            return self._run()
+        except BaseException:
+            self._failed.set()
+            raise
+
+    def _run(self) -> Run:
         job, result = self._folder / "job", self._folder / "result"
         job.write_bytes(msgspec.msgpack.encode(self._job))
         self._started = self._said = time.monotonic()
@@ -95,20 +118,20 @@ class _Watch:
             text=True,
             errors="replace",
         )
-        if self._stopped.is_set():  # meanwhile
+        if self._failed.is_set():  # meanwhile
             self._process.kill()
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self._read(line.rstrip("\n"))
-        if self._process.wait() or not result.exists():
-            raise SimulationError(self._failure())
+        if (code := self._process.wait()) or not result.exists():
+            killed = self._failed.is_set() and code == -signal.SIGKILL
+            raise (_StoppedError if killed else SimulationError)(self._failure())
         run = msgspec.msgpack.decode(result.read_bytes(), type=Run)
         self._say(f"{self._label}: {_clock(run.seconds)} simulated in {self._spent:.0f} s")
         return run
 
     def stop(self) -> None:
         """End the process if it still runs."""
-        self._stopped.set()
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
 
