@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from itertools import pairwise
+from itertools import combinations, pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -107,6 +107,30 @@ def test_the_gap_is_over_any_interval_not_from_its_beginning() -> None:
 def test_the_gap_is_of_the_worst_pair_and_per_weight() -> None:
     found = gaps("abc", ("a", 30), "abc", ("c", 90), "abc", weights={"a": 1, "b": 1, "c": 10})
     assert found == Gap(tokens=30.0, pair=("a", "b"), until=2.0)
+
+
+STEP = st.tuples(st.tuples(*[st.integers(0, 50)] * 3), st.sets(st.sampled_from("abc")).map(sorted))
+
+
+@given(st.lists(STEP, max_size=25))
+def test_the_gap_is_the_largest_over_all_intervals(steps: list[tuple[Any, list[str]]]) -> None:
+    """Against every pair of moments between which both always waited."""
+    meter = GapMeter(dict.fromkeys("abc", 1.0))
+    moments = []
+    for at, (tokens, waiting) in enumerate(steps):
+        for tenant, number in zip("abc", tokens, strict=True):
+            meter.serve(tenant, prompt=number)
+        meter.note(float(at), waiting)
+        moments.append((dict(meter.served), waiting))
+    largest = -1.0
+    for start in range(len(moments)):
+        for end in range(start, len(moments)):
+            always = set("abc").intersection(*(names for _, names in moments[start : end + 1]))
+            for one, other in combinations(sorted(always), 2):
+                before, after = moments[start][0], moments[end][0]
+                got = (after[one] - before[one]) - (after[other] - before[other])
+                largest = max(largest, abs(got))
+    assert (meter.worst.tokens if meter.worst else -1.0) == largest
 
 
 def test_output_tokens_count_twice() -> None:
