@@ -30,6 +30,7 @@ from .scheduler_seams import SCHEDULER_SEAMS
 from .seams import READY, Entry, Seam
 from .shared_seams import WORKERS
 from .sources import Source
+from .virtual_seams import VIRTUAL
 
 __all__ = [
     "PATCHES",
@@ -49,7 +50,7 @@ __all__ = [
 logger = logging.getLogger("vllm.scalellm")  # below "vllm": its handlers and its level
 
 SEAMS: tuple[Seam, ...] = (
-    *(*READY, *FAST_LANE, *WORKERS, *IPC_SEAMS, *SCHEDULER_SEAMS, *PREFIXES),
+    *(*READY, *FAST_LANE, *WORKERS, *IPC_SEAMS, *SCHEDULER_SEAMS, *PREFIXES, *VIRTUAL),
     *PLANNED,
 )
 

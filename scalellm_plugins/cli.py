@@ -42,9 +42,11 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; raises SystemExit only where argparse does."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    # Handed over whole: argparse would want to understand the benchmark's own options.
+    # Handed over whole: argparse would want to understand their own options.
     if argv[:1] == ["bench"]:
         return _bench(argv[1:])
+    if argv[:1] == ["simulate"]:
+        return _simulate(argv[1:])
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.command is None:
@@ -95,8 +97,11 @@ def _parser() -> argparse.ArgumentParser:
     actions = tenants.add_subparsers(dest="action", metavar="ACTION", required=True)
     actions.add_parser("hash", help="read a key from standard input, print its SHA-256")
     actions.add_parser("check", help="read a file and list its tenants").add_argument("file")
-    # Only for the help; `main` never lets argparse see the arguments after it.
+    # Only for the help; `main` never lets argparse see the arguments after these.
     commands.add_parser("bench", help="measure vLLM with and without the plugins", add_help=False)
+    commands.add_parser(
+        "simulate", help="compare scheduling policies in virtual time", add_help=False
+    )
     return parser
 
 
@@ -123,6 +128,12 @@ def _bench(argv: list[str]) -> int:
     from scalellm_plugins.benchmarks import compare
 
     return compare.main(argv)
+
+
+def _simulate(argv: list[str]) -> int:
+    from scalellm_plugins.virtual import command
+
+    return command.main(argv)
 
 
 if __name__ == "__main__":

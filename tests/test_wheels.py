@@ -96,7 +96,7 @@ def _spoiled(target: Target) -> list[Target]:
         if (value := getattr(target, name)) is not None:
             bad.append({name: (*value, "zzz")})
     if target.binding is not None:
-        bad.append({"binding": "property"})
+        bad.append({"binding": "instance" if target.binding == "property" else "property"})
     if target.is_async is not None:
         bad.append({"is_async": not target.is_async})
     if target.returns is not None:

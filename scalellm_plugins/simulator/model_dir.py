@@ -54,8 +54,9 @@ def make_model_dir(model_preset_name: str, tokenizer_dir: str | Path, out_dir: s
     return out
 
 
-def _config(model: Model, source: Path) -> dict[str, Any]:
-    config: dict[str, Any] = {
+def shape_of(model: Model, vocabulary: int | None = None) -> dict[str, Any]:
+    """Return the `config.json` of a Llama with a preset's shape; `vocabulary`: ids, if not its."""
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "dtype": "bfloat16",
@@ -70,8 +71,12 @@ def _config(model: Model, source: Path) -> dict[str, Any]:
         "rope_theta": 500000.0,
         "max_position_embeddings": MAX_POSITIONS,
         "tie_word_embeddings": model.tied_embeddings,
-        "vocab_size": vocab_size(source),
+        "vocab_size": vocabulary or model.vocab,
     }
+
+
+def _config(model: Model, source: Path) -> dict[str, Any]:
+    config = shape_of(model, vocab_size(source))
     beside = source / "config.json"
     if beside.is_file():
         served = json.loads(beside.read_text(encoding="utf-8"))

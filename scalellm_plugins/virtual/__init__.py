@@ -1,0 +1,1 @@
+"""`scalellm simulate`: the real scheduler on a simulated GPU in virtual time."""
