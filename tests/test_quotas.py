@@ -9,13 +9,12 @@ import pytest
 
 from scalellm_plugins.scheduling.policy import Work
 from scalellm_plugins.scheduling.quotas import Quotas
-from scalellm_plugins.scheduling.tenant_limits import (
-    CEILING,
-    FLOOR,
+from scalellm_plugins.scheduling.tenant_limits import NONE, TenantLimits
+from scalellm_plugins.scheduling.terms import (
+    KV_CEILING,
+    KV_FLOOR,
     MAX_RUNNING,
-    NONE,
-    RATE,
-    TenantLimits,
+    TOKENS_PER_MINUTE,
 )
 
 BLOCKS, BLOCK = 100, 10
@@ -45,15 +44,15 @@ def run(made: Quotas, name: str, tenant: str, blocks: int, now: float = 0.0) -> 
 
 
 def test_limits_are_read_and_nonsense_is_none() -> None:
-    extra = {MAX_RUNNING: 3, FLOOR: 0.25, CEILING: 0.5, RATE: 600, "other": 1}
+    extra = {MAX_RUNNING: 3, KV_FLOOR: 0.25, KV_CEILING: 0.5, TOKENS_PER_MINUTE: 600, "other": 1}
     assert TenantLimits.of(extra) == TenantLimits(
         max_running=3, floor=0.25, ceiling=0.5, tokens_per_minute=600
     )
     assert TenantLimits.of(None) is TenantLimits.of({"other": 1}) is NONE
     for value in (True, "3", None, -1, math.nan, math.inf):
-        extra = dict.fromkeys((MAX_RUNNING, FLOOR, CEILING, RATE), value)
+        extra = dict.fromkeys((MAX_RUNNING, KV_FLOOR, KV_CEILING, TOKENS_PER_MINUTE), value)
         assert TenantLimits.of(extra) == NONE, value
-    assert TenantLimits.of({FLOOR: 0.5, CEILING: 0.2}).floor == 0.2
+    assert TenantLimits.of({KV_FLOOR: 0.5, KV_CEILING: 0.2}).floor == 0.2
 
 
 def test_without_limits_nothing_is_looked_at() -> None:
@@ -110,7 +109,7 @@ def test_a_prompt_that_never_fits_is_refused_with_what_would() -> None:
     assert made.refusal(work("1", prompt=299), 0.0) is None
     refused = made.refusal(work("1", prompt=300), 0.0)
     assert refused is not None
-    assert refused.retry_s is None
+    assert (refused.status, refused.retry_after_s) == (400, None)
     assert "at most 299 tokens" in refused.message
     assert "31 KV blocks" in refused.message
 
@@ -204,7 +203,7 @@ def test_a_bucket_is_emptied_by_prompts_and_tokens_and_fills_up() -> None:
     assert made.tokens("a", 0.0) == 50
     refused = made.refusal(work("2", prompt=100), 0.0)
     assert refused is not None
-    assert (refused.status, refused.retry_s) == (429, 5.0)
+    assert (refused.status, refused.retry_after_s) == (429, 5)
     assert "'a' has used up its 600 tokens per minute" in refused.message
     assert "in 5 s" in refused.message
     assert made.refusal(work("2", prompt=100), 5.0) is None
@@ -229,10 +228,10 @@ def test_a_prompt_longer_than_a_minutes_worth_needs_a_full_bucket() -> None:
     made.arrived(work("1", prompt=500), 0.0)
     refused = made.refusal(work("2", prompt=1), 0.0)
     assert refused is not None
-    assert refused.retry_s == 441, "the debt, and one"
+    assert refused.retry_after_s == 441, "the debt, and one"
     refused = made.refusal(work("2", prompt=500), 0.0)
     assert refused is not None
-    assert refused.retry_s == 500
+    assert refused.retry_after_s == 500
 
 
 def test_another_rate_keeps_what_was_taken() -> None:

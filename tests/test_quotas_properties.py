@@ -187,7 +187,8 @@ def test_who_comes_when_he_was_told_to_is_let_in(rate: int, prompt: int, used: i
     made.made("a", used, 0.0)
     refused = made.refusal(work("1", prompt=prompt), 0.0)
     if refused is not None:
-        assert refused.retry_s is not None
-        if refused.retry_s > 0.1:
-            assert made.refusal(work("1", prompt=prompt), refused.retry_s * 0.9) is not None
-        assert made.refusal(work("1", prompt=prompt), refused.retry_s) is None
+        seconds = refused.retry_after_s
+        assert seconds is not None
+        if seconds > 1:  # it is told in whole seconds
+            assert made.refusal(work("1", prompt=prompt), (seconds - 1) * 0.9) is not None
+        assert made.refusal(work("1", prompt=prompt), seconds) is None

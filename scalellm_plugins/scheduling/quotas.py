@@ -28,9 +28,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import msgspec
-
 from .policy import Work
+from .refused import Refused
 from .tenant_limits import NONE, TenantLimits
 
 HOLD_S = 60.0
@@ -38,16 +37,6 @@ HOLD_S = 60.0
 
 _IDLE = 64
 """Tenants that are remembered though they have no work, before the first look at who can go."""
-
-
-class Refused(msgspec.Struct, frozen=True):
-    """A request that is not let in."""
-
-    message: str
-    """For the client: what, why, and what would be let in."""
-    retry_s: float | None = None
-    """So long after now the same request would be let in; None: never."""
-    status: int = 429
 
 
 class _Held:
@@ -175,9 +164,10 @@ class Quotas:
         ceiling, need = self._ceiling(tenant), self._blocks_of(work.prompt + 1)
         if tenant.limits.ceiling is not None and need > ceiling:
             return Refused(
+                400,
                 f"a prompt of {work.prompt} tokens needs {need} KV blocks, and tenant "
                 f"{tenant.name!r} may have {ceiling} ({tenant.limits.ceiling:.3g} of them all): "
-                f"send at most {ceiling * self.block_tokens - 1} tokens"
+                f"send at most {ceiling * self.block_tokens - 1} tokens",
             )
         most = tenant.limits.tokens_per_minute
         if most is None:
@@ -187,9 +177,10 @@ class Quotas:
             return None
         wait = missing * 60 / most
         return Refused(
+            429,
             f"tenant {tenant.name!r} has used up its {most} tokens per minute: there is room for "
             f"this prompt of {work.prompt} in {math.ceil(wait)} s",
-            retry_s=wait,
+            math.ceil(wait),
         )
 
     def arrived(self, work: Work, now: float) -> None:

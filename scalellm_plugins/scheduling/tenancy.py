@@ -6,7 +6,6 @@ one look at its extra arguments, and a step nothing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,9 +49,7 @@ class Tenancy:
         refused = quotas.refusal(work, now)
         if refused is None:
             quotas.arrived(work, now)
-            return None
-        wait = refused.retry_s
-        return Refused(refused.status, refused.message, None if wait is None else math.ceil(wait))
+        return refused
 
     def _keep(self, floors: Mapping[str, int]) -> None:
         """Prefixes up to floors stay in the cache."""

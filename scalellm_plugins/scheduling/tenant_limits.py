@@ -8,13 +8,7 @@ from typing import Any
 
 import msgspec
 
-MAX_RUNNING, FLOOR, CEILING, RATE = (
-    "scalellm_max_running",
-    "scalellm_kv_floor",
-    "scalellm_kv_ceiling",
-    "scalellm_tokens_per_minute",
-)
-"""In `sampling_params.extra_args`, from the frontend alone."""
+from .terms import KV_CEILING, KV_FLOOR, MAX_RUNNING, TOKENS_PER_MINUTE
 
 
 class TenantLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,8 +27,8 @@ class TenantLimits(msgspec.Struct, frozen=True, kw_only=True):
         """Read the limits out of a request's extra arguments; what makes no sense is no limit."""
         if not extra:
             return NONE
-        running, rate = _number(extra, MAX_RUNNING, 1), _number(extra, RATE, 1)
-        floor, ceiling = _number(extra, FLOOR, 0, 1), _number(extra, CEILING, 0, 1)
+        running, rate = _number(extra, MAX_RUNNING, 1), _number(extra, TOKENS_PER_MINUTE, 1)
+        floor, ceiling = _number(extra, KV_FLOOR, 0, 1), _number(extra, KV_CEILING, 0, 1)
         if running is rate is floor is ceiling is None:
             return NONE
         return cls(
