@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 
 from scalellm_plugins.scheduling.deadline import PATIENCE_S, UNHURRIED_SHARE, Deadline
-from scalellm_plugins.scheduling.forecast import RECENT, STALE_S, Forecast
+from scalellm_plugins.scheduling.forecast import RECENT, Forecast
 from scalellm_plugins.scheduling.policy import Engine, Policy, Stack, Work
 
 from .policy_parts import (
