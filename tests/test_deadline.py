@@ -15,20 +15,8 @@ from scalellm_plugins.scheduling.deadline import PATIENCE_S, UNHURRIED_SHARE, De
 from scalellm_plugins.scheduling.forecast import RECENT, Forecast
 from scalellm_plugins.scheduling.policy import Engine, Policy, Stack, Work
 
-from .policy_parts import (
-    H200,
-    Ask,
-    Outcome,
-    Run,
-    VirtualHost,
-    conform,
-    engine,
-    lengths,
-    make,
-    poisson,
-    sustainable,
-    workloads,
-)
+from .policy_asks import Ask, Outcome, lengths, poisson, workloads
+from .policy_parts import H200, Run, VirtualHost, conform, engine, make, sustainable
 
 
 class Classes(Policy):

@@ -12,7 +12,8 @@ from scalellm_plugins.scheduling.policy import Policy, Stack, Work
 from scalellm_plugins.simulator.ideal import Batching, Request
 from scalellm_plugins.simulator.ideal import run as ideal_run
 
-from .policy_parts import H200, Ask, VirtualHost, conform, engine, make, workloads
+from .policy_asks import Ask, workloads
+from .policy_parts import H200, VirtualHost, conform, engine, make
 
 SMALL = [Ask(0.0, 50 + 7 * n, 5 + 3 * n) for n in range(16)]
 BATCH = [Ask(0.0, 100 + 37 * n % 900, 5 + 13 * n % 80) for n in range(60)]

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scalellm_plugins.scheduling.budget import PrefillBudget
 from scalellm_plugins.scheduling.policy import Engine, Policy
 
-from .policy_parts import H200, Ask, Run, VirtualHost, engine, lengths, make, poisson, sustainable
+from .policy_asks import Ask, lengths, poisson
+from .policy_parts import H200, Run, VirtualHost, engine, make, sustainable
 
 
 def learnt(step_tokens: int = 8192, block_tokens: int = 16) -> Engine:

@@ -37,6 +37,9 @@ class Forecast:
         self._seen = 0
         self._heard = float("-inf")
         """When the latest step was seen."""
+        self._counted = (0, 0, 0)
+        self._context = 0
+        """Of all that runs, as of `_counted`: summed up once per step, not once per question."""
         self.share = 0.0
         """Of what they may (`most`), how many tokens requests generated. At first none: what is
         not known is no reason to give a request up."""
@@ -81,8 +84,7 @@ class Forecast:
 
     def prompt(self, work: Work, more: int = 0) -> float:
         """How long the prompt of waiting work takes after `more` other tokens, s."""
-        decodes = len(self._running) - len(self._prefilling)
-        context = sum([one.computed for one in self._running.values()])
+        decodes, context = self._load()
         chunk = max(1, self._step_tokens - decodes)
         full, rest = divmod(more + work.prompt + work.made, chunk)
         seconds = full * self._times.predict(chunk, decodes, context + chunk)
@@ -97,10 +99,17 @@ class Forecast:
 
     def answer(self, work: Work) -> float:
         """How long after its first token work ends, s, if its answer is as long as others'."""
-        decodes = len(self._running) - len(self._prefilling) + 1
-        context = sum([one.computed for one in self._running.values()]) + work.prompt
+        decodes, context = self._load()
         left = max(0.0, self.share * work.most - work.made)
-        return left * self._times.predict(0, decodes, context)
+        return left * self._times.predict(0, decodes + 1, context + work.prompt)
+
+    def _load(self) -> tuple[int, int]:
+        """Who decodes, and the context that a step reads."""
+        counted = (self._times.seen, len(self._running), len(self._prefilling))
+        if counted != self._counted:
+            self._counted = counted
+            self._context = sum([one.computed for one in self._running.values()])
+        return len(self._running) - len(self._prefilling), self._context
 
     def _first_token(self, work: Work) -> float:
         begun = [one for one, *_ in self._prefilling.values()]
