@@ -90,7 +90,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = 30.0
     min_run_s: Annotated[
         Annotated[float, Meta(ge=0)],
-        Meta(description="priority: work that was preempted n times then runs n times so long"),
+        Meta(
+            description="who was preempted n times then runs n times so long (priority, deadline)"
+        ),
     ] = 1.0
     prompt_weight: Annotated[
         Annotated[float, Meta(ge=0)], Meta(description="fair: what a prompt's token costs")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import threading
 import time
 import urllib.request
@@ -12,6 +15,8 @@ import pytest
 
 openai = pytest.importorskip("openai")
 
+from .conftest import DEMO_MODEL, _start  # noqa: E402
+
 if TYPE_CHECKING:
     from .conftest import Server
 
@@ -20,33 +25,30 @@ pytestmark = [pytest.mark.vllm, pytest.mark.server]
 SEATS, LONG = 2, 1500
 LIMIT_S = 120.0
 
-# Questions to which the demo model knows the answer: its greedy text does not hang on rounding,
-# which differs with the size of a batch.
-QUESTIONS = ("What is 2 + 3?", "What is 4 + 5?", "What is 7 - 2?")
-
 
 @pytest.fixture(scope="module")
-def server(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[Any]:
-    """Seats for two, and `priority,deadline`."""
-    import contextlib
-
-    from .conftest import DEMO_MODEL, _start
-
-    log = tmp_path_factory.mktemp("policies") / "server.log"
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Seats for two; classes first, within them deadlines; a tenant that has few tokens."""
+    folder = tmp_path_factory.mktemp("policies")
+    tenants = folder / "tenants.json"
+    free, metered = (
+        {"name": name, "keys": [hashlib.sha256(f"{name}-key".encode()).hexdigest()]}
+        for name in ("free", "metered")
+    )
+    tenants.write_text(json.dumps([free, metered | {"tokens_per_minute": 60}]))
     options = (
         *("--plugins", "scalellm", "--scalellm.strict", "--enforce-eager"),
         *("--served-model-name", "demo", "--max-model-len", "2048"),
-        *("--max-num-seqs", str(SEATS), "--scalellm.scheduler.policy", "priority"),
+        *("--max-num-seqs", str(SEATS), "--scalellm.scheduler.policy", "priority,deadline"),
+        *("--scalellm.frontend.tenants", str(tenants)),
     )
     with contextlib.ExitStack() as stack:
-        yield _start(stack, log, DEMO_MODEL, *options)
+        yield _start(stack, folder / "server.log", DEMO_MODEL, *options)
 
 
 @pytest.fixture
 def client(server: Server) -> Iterator[Any]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="free-key", max_retries=0) as made:
         yield made
 
 
@@ -107,3 +109,51 @@ def test_the_urgent_displaces_and_the_displaced_says_the_same(server: Server, cl
     assert metric(server, "vllm:num_preemptions_total") == preempted + 1
     assert [one.text for one in low] == [alone.text] * SEATS
     until(lambda: metric(server, "vllm:kv_cache_usage_perc") == 0, "all blocks are free")
+
+
+@pytest.mark.parametrize("more", [{}, {"logprobs": 1}], ids=["fast lane", "full lane"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_cannot_be_in_time_is_told_so_before_it_is_computed(
+    server: Server, client: Any, more: dict[str, Any], streamed: bool
+) -> None:
+    """Both seats are taken by work of the same class, which nothing displaces."""
+    Stream(client, 50).join(LIMIT_S)  # steps take some time: that is learnt
+    low = [Stream(client, LONG) for _ in range(SEATS)]
+    for one in low:
+        assert one.first.wait(LIMIT_S)
+    prompts = metric(server, "vllm:prompt_tokens_total")
+    with pytest.raises(openai.InternalServerError) as told:
+        client.completions.create(
+            model="demo",
+            prompt="The capital of",
+            max_tokens=5,
+            stream=streamed,
+            extra_headers={"X-Scalellm-TTFT-Ms": "20"},
+            extra_body=more,
+        )
+    assert told.value.status_code == 504
+    assert "deadline: the first token cannot come within 20 ms any more" in told.value.message
+    assert told.value.response.headers["x-should-retry"] == "false"
+    for one in low:
+        one.join(LIMIT_S)
+        assert len(one.text) > LONG, "the others notice nothing"
+    assert metric(server, "vllm:prompt_tokens_total") == prompts, "nothing of it was computed"
+
+
+@pytest.mark.parametrize("more", [{}, {"logprobs": 1}], ids=["fast lane", "full lane"])
+def test_a_quota_that_is_used_up_is_told_with_the_time_to_come_back(
+    server: Server, more: dict[str, Any]
+) -> None:
+    with openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key="metered-key", max_retries=0
+    ) as metered:
+        ask = {"model": "demo", "prompt": "The capital of", "extra_body": more}
+
+        def spend() -> None:
+            for _ in range(20):
+                metered.completions.create(**ask, max_tokens=40)
+
+        with pytest.raises(openai.RateLimitError) as told:
+            spend()
+    assert "tenant 'metered' has used up its 60 tokens per minute" in told.value.message
+    assert 1 <= int(told.value.response.headers["retry-after"]) <= 60

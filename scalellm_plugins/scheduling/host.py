@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.scalellm")
 
-LOOK_S = 0.01
-"""How often it is looked who cannot make it any more: that goes through all that wait. Who has just
-come is looked at in any case."""
+LOOK_S = 0.25
+"""How often all that wait are looked at for who cannot make it any more, 7 µs each. Whose turn may
+come in a step is looked at in every one."""
 
 AT_ONCE = 32
 """Requests for which room is made in one step, at most."""
@@ -88,8 +88,6 @@ class PolicyHost:
         self.tenancy = Tenancy(scheduler, self._works) if tenants else None
         self.queue = PolicyQueue(self.policy, self._work_of, self._account, self.tenancy)
         self._looked = 0.0
-        self._unseen: list[Any] = []
-        """Requests that came since it was last looked who cannot make it."""
         self._refused: list[tuple[int, Any]] = []
         self._new: list[RequestWork] = []
         """Of those that have begun to run, who has no token yet."""
@@ -116,8 +114,6 @@ class PolicyHost:
             work.cached = cached_tokens(self._scheduler.kv_cache_manager, request)
         if refused is None and self.tenancy is not None:
             refused = self.tenancy.arrived(work, now)
-        if refused is None and self.policy.gives_up:
-            self._unseen.append(request)
         return refused
 
     def refuse(self, request: Any, refused: Refused) -> None:
@@ -158,18 +154,21 @@ class PolicyHost:
         self.queue.begin(now)
         if self._new:
             self._note_first_tokens(now)
-        if policy.gives_up:
+        if policy.gives_up and len(self.queue):
             self._give_up(now)
         tenancy = self.tenancy
         if tenancy is not None:
             self._preempt(tenancy.begin(now), now)
         if len(self.queue) and (policy.preempts or tenancy is not None):
             self._make_room(now)
+        works: list[RequestWork] = []
+        if policy.yields or policy.paces:
+            works = [self._works[one.request_id] for one in scheduler.running]
         with contextlib.ExitStack() as stack:
-            if policy.yields:
-                stack.enter_context(self._resting(now))
             if self._budget is not None:
-                stack.enter_context(self._prompts_limited(self._budget, now))
+                stack.enter_context(self._prompts_limited(self._budget, works, now))
+            if policy.yields and works:
+                stack.enter_context(self._resting(works, now))
             output = scheduler._schedule(throttle_prefills)
         self._note(output, now)
         return output
@@ -188,16 +187,12 @@ class PolicyHost:
             self._under_way.append((id(output), self._shape(output), now))
 
     def _shape(self, output: Any) -> tuple[int, int, int]:
-        """Tokens of prompts, sequences that are decoded, and tokens of their context."""
-        prefill = decodes = context = 0
+        """Tokens of prompts, sequences that are decoded, and tokens of KV cache that are read."""
+        scheduled = output.num_scheduled_tokens
         requests = self._scheduler.requests
-        for id_, tokens in output.num_scheduled_tokens.items():
-            if tokens == 1:
-                decodes += 1
-                context += requests[id_].num_computed_tokens
-            else:
-                prefill += tokens
-        return prefill, decodes, context
+        more = [tokens for tokens in scheduled.values() if tokens > 1]
+        context = sum([requests[id_].num_computed_tokens for id_ in scheduled])
+        return sum(more), len(scheduled) - len(more), context
 
     def updated(self, output: Any) -> None:
         """A step's results are here: learn how long it took."""
@@ -220,22 +215,29 @@ class PolicyHost:
     # Who cannot make it
 
     def _give_up(self, now: float) -> None:
-        looked: list[Any] = self._unseen
         if now - self._looked >= LOOK_S:
             self._looked = now
-            looked = list(self.queue)
-        self._unseen = []
-        for request in looked:
-            work = self._works.get(request.request_id)
-            if work is None or work.made or work.demoted or work.since is not None:
-                continue  # ended meanwhile, or its client reads already
-            verdict = self.policy.hopeless(work, now)
-            if verdict is None:
-                continue
-            if verdict.drop:
-                self.refuse(request, Refused(504, verdict.message))
-            else:
-                self.queue.demote(request)
+            for request in list(self.queue):
+                self._is_given_up(request, now)
+        seats = max(1, self._seats() - len(self._scheduler.running))
+        # Behind one that is given up stands the next, which may be no better.
+        given_up = True
+        while given_up:
+            turns = [*self.queue.heads(), *self.queue.ahead(min(seats, AT_ONCE))]
+            given_up = any(self._is_given_up(request, now) for request in turns)
+
+    def _is_given_up(self, request: Any, now: float) -> bool:
+        work = self._works[request.request_id]
+        if work.made or work.demoted or request.is_finished():
+            return False  # its client reads already, or it is known
+        verdict = self.policy.hopeless(work, now)
+        if verdict is None:
+            return False
+        if verdict.drop:
+            self.refuse(request, Refused(504, verdict.message))
+        else:
+            self.queue.demote(request)
+        return True
 
     # Who gives way
 
@@ -306,11 +308,10 @@ class PolicyHost:
     # Who rests, and how much of prompts
 
     @contextlib.contextmanager
-    def _resting(self, now: float) -> Iterator[None]:
+    def _resting(self, works: Sequence[RequestWork], now: float) -> Iterator[None]:
         scheduler = self._scheduler
         running = scheduler.running
-        works = [self._works[one.request_id] for one in running]
-        rest = {work.id for work in self.policy.resting(works, now)} if works else ()
+        rest = {work.id for work in self.policy.resting(works, now)}
         if not rest:
             yield
             return
@@ -331,17 +332,16 @@ class PolicyHost:
         return [(scheduler, name, less) for name in names if hasattr(scheduler, name)]
 
     @contextlib.contextmanager
-    def _prompts_limited(self, budget: PrefillBudget, now: float) -> Iterator[None]:
+    def _prompts_limited(
+        self, budget: PrefillBudget, works: Sequence[RequestWork], now: float
+    ) -> Iterator[None]:
         scheduler = self._scheduler
         decoded = [one for one in scheduler.running if not one.is_prefill_chunk]
         if len(decoded) < len(scheduler.running):
             # Decodes come first: what is left of the step is the prompts'.
             chunks = [one for one in scheduler.running if one.is_prefill_chunk]
             scheduler.running = decoded + chunks
-        target = None
-        if self.policy.paces and decoded:
-            works = [self._works[one.request_id] for one in decoded]
-            target = self.policy.step_s(works, now)
+        target = self.policy.step_s(works, now) if self.policy.paces and works else None
         context = sum([one.num_computed_tokens for one in decoded])
         most = scheduler.max_num_scheduled_tokens
         less = most - len(decoded) - budget.tokens(len(decoded), context, now, target)

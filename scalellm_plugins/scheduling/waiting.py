@@ -87,6 +87,10 @@ class PolicyQueue(RequestQueue):  # type: ignore[misc]
         works = {group: self._work_of(heads[key][2]) for group, key in first.items()}
         return first[self._policy.first(works, self.now)]
 
+    def heads(self) -> list[Any]:
+        """Return the requests that are first in their groups."""
+        return [entries[0][2] for entries in self._groups.values()]
+
     def ahead(self, most: int) -> Iterator[Any]:
         """Requests in the order of their turns as it is now, `most` of them. Takes none out."""
         places = dict.fromkeys(self._groups, 0)
