@@ -46,8 +46,8 @@ FEATURES: dict[str, Feature] = {
         Feature("ipc", "shared-memory columns between frontends and the engine", "partial"),
         Feature(
             "scheduler",
-            "a lean decode step: the same schedule for an eighth of the CPU; fairness by tenant",
-            "partial",
+            "a lean decode step for an eighth of the CPU; policies, deadlines and limits of tenants",
+            "ready",
         ),
         Feature(
             "quantization",
