@@ -78,7 +78,7 @@ class Stream(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        extra = {"ignore_eos": True, **self.more}
+        extra = {"min_tokens": self.tokens, **self.more}  # no end, and so text all the way
         stream = self.client.completions.create(
             model="demo",
             prompt="The capital of",
@@ -107,6 +107,7 @@ def test_the_urgent_displaces_and_the_displaced_says_the_same(server: Server, cl
     for one in low:
         one.join(LIMIT_S)
     assert metric(server, "vllm:num_preemptions_total") == preempted + 1
+    assert len(alone.text) > LONG
     assert [one.text for one in low] == [alone.text] * SEATS
     until(lambda: metric(server, "vllm:kv_cache_usage_perc") == 0, "all blocks are free")
 
