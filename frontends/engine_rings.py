@@ -49,6 +49,8 @@ class Columns(NamedTuple):
     """`EngineCoreOutput` of requests whose last this is."""
     engine: int = 0
     """Whose step it is: vLLM's engine index."""
+    more: bool = False
+    """Whether the engine's next message is here already."""
 
 
 class Sink(Protocol):
@@ -246,7 +248,9 @@ class EngineRings:
             general = self._client.decoder.decode(frames)
             self._settle(engine, general)
         assert self.sink is not None
-        columns = Columns(step.timestamp, receivers, step.tokens, ended, engine.channel.peer.index)
+        channel = engine.channel
+        more = channel.consumer.has_more()
+        columns = Columns(step.timestamp, receivers, step.tokens, ended, channel.peer.index, more)
         self.sink.on_step(columns, general, self)
 
     def _ended_outputs(self, ends: list[messages.End]) -> list[Any]:
