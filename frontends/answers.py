@@ -9,6 +9,7 @@ pushed through it within the engine's step, and bytes leave in the same turn of 
 from __future__ import annotations
 
 import json
+import re
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from .routes import Ask
     from .templates import StreamTemplates, Template
 
+_plain = re.compile(r"[\w.-]+", re.ASCII).fullmatch
+"""Whether a text is the same within JSON."""
+
 _LAST_CHUNK = b"0\r\n\r\n"
 
 
@@ -50,7 +54,7 @@ class Answer:
         *("lane", "ask", "clock", "hold", "length", "extra_headers", "stats"),
         *("queue", "request_id", "external_req_id", "prompt_ids", "prompt_len"),
         *("max_tokens_param", "is_prefilling", "num_cached_tokens", "num_cache_creation_tokens"),
-        *("keep_stop", "special", "stop", "stream"),
+        *("stages", "keep_stop", "special", "stop", "stream"),
         "__dict__",  # for whatever a release of vLLM may put there
     )
 
@@ -78,6 +82,8 @@ class Answer:
         self.length: int | None = None
         """Bytes of the body, where they were announced."""
         self.extra_headers: list[bytes] = []
+        self.stages: dict[str, float] | None = None
+        """Seconds by stage, where the client was told."""
         # What vLLM's functions read.
         self.queue = self
         self.request_id = ""
@@ -186,16 +192,16 @@ class Answer:
         )
 
     def _identity(self) -> dict[str, bytes]:
-        name = json.dumps(self.ask.request_id, ensure_ascii=False)[1:-1]
+        name = self.ask.request_id
+        if not _plain(name):
+            name = json.dumps(name, ensure_ascii=False)[1:-1]
         return {ID: name.encode("utf-8", "surrogatepass"), CREATED: b"%d" % self.ask.created}
 
 
 def _ending(reason: str, stop_reason: int | str | None) -> dict[str, bytes]:
     """How a request ended, for templates."""
-    return {
-        FINISH: json.dumps(reason).encode(),
-        STOP: json.dumps(stop_reason, ensure_ascii=False).encode(),
-    }
+    stop = b"null" if stop_reason is None else json.dumps(stop_reason, ensure_ascii=False).encode()
+    return {FINISH: b'"%b"' % reason.encode(), STOP: stop}  # one of vLLM's own words
 
 
 class StreamedAnswer(Answer):
@@ -458,9 +464,9 @@ class WholeAnswer(Answer):
         self.length = len(body)
         if status == 200:
             self.clock.done = time.monotonic()
-            stages = self.lane.stages_of(self)
-            if stages is not None:
-                self.extra_headers.append(server_timing(stages))
+            self.stages = self.lane.stages_of(self)
+            if self.stages is not None:
+                self.extra_headers.append(server_timing(self.stages))
         lines = self.lane.start(self, status, b"application/json", body)
         self.connection.write(lines + body)
         self.lane.closed(self, status)

@@ -423,7 +423,9 @@ class Lane:
         """Count the exchanges that have ended."""
         ended, self._ended = self._ended, []
         for answer, status, seconds in ended:
-            stages = self.stages_of(answer) if status == 200 else None
+            stages = answer.stages
+            if stages is None and status == 200:
+                stages = self.stages_of(answer)
             if stages is not None:
                 self.stages.count(stages)
             self.accounting.ended(answer, status, seconds)
