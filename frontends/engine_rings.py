@@ -26,7 +26,7 @@ import zmq
 from scalellm_plugins import messages
 from scalellm_plugins.errors import ScaleLLMError
 from scalellm_plugins.ipc import peers
-from scalellm_plugins.ipc.channel import Channel, Message, frames_of
+from scalellm_plugins.ipc.channel import BESIDE_BYTES, Channel, Message, frames_of
 
 logger = logging.getLogger("vllm.scalellm")
 
@@ -124,7 +124,7 @@ class EngineRings:
             if peer is None:
                 missing.append(str(index))
             else:
-                engines[identity] = _Engine(Channel(peer))
+                engines[identity] = _Engine(Channel(peer, BESIDE_BYTES))
         if missing:
             logger.info("engine %s: by vLLM's sockets, not shared memory", ", ".join(missing))
         if not engines:
