@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from typing import TYPE_CHECKING, Any
 
 from .detokenize import escape
@@ -27,14 +26,14 @@ from .templates import (
     TEXT,
     TOTAL,
 )
-from .timing import Clock, server_timing
+from .timing import Clock
 
 if TYPE_CHECKING:
     from .connection import FastLaneProtocol
     from .detokenize import TokenStream
     from .lane import Lane
     from .routes import Ask
-    from .templates import StreamTemplates, Template
+    from .templates import StreamTemplates
 
 _plain = re.compile(r"[\w.-]+", re.ASCII).fullmatch
 """Whether a text is the same within JSON."""
@@ -198,7 +197,7 @@ class Answer:
         return {ID: name.encode("utf-8", "surrogatepass"), CREATED: b"%d" % self.ask.created}
 
 
-def _ending(reason: str, stop_reason: int | str | None) -> dict[str, bytes]:
+def ending_of(reason: str, stop_reason: int | str | None) -> dict[str, bytes]:
     """How a request ended, for templates."""
     stop = b"null" if stop_reason is None else json.dumps(stop_reason, ensure_ascii=False).encode()
     return {FINISH: b'"%b"' % reason.encode(), STOP: stop}  # one of vLLM's own words
@@ -362,7 +361,7 @@ class StreamedAnswer(Answer):
             self.due = self.interval <= 1 or not any(events)
             self._write(events)
             return
-        values |= _ending(*self.ending)
+        values |= ending_of(*self.ending)
         if self.num_tokens:  # vLLM leaves it out of a stream that was ended before its first token
             events.append(self.templates.finish.render(values))
         if self.templates.usage is not None:
@@ -400,82 +399,3 @@ class StreamedAnswer(Answer):
             # The engine's first output says so: vLLM begins the stream before it looks at that.
             events.insert(0, self.templates.first.render({**self._bound, **self.counts(0)}))
         self._close(events)
-
-
-class WholeAnswer(Answer):
-    """One JSON document at the end. Text is made once, when the last token is there."""
-
-    __slots__ = ("body", "dropped", "template", "token_ids")
-
-    def __init__(
-        self, lane: Lane, connection: FastLaneProtocol, cycle: Any, ask: Ask, template: Template
-    ) -> None:
-        super().__init__(lane, connection, cycle, ask)
-        self.template = template
-        if not ask.body.stop:
-            self.hold = 0
-        self.token_ids: list[int] = []
-        self.body: bytes | None = None
-        self.dropped = False
-
-    def admitted(self, request: Any, stats: Any) -> None:
-        """As the base; stop strings are looked for as tokens come."""
-        super().admitted(request, stats)
-        if self.stop is not None:
-            self.stream = self._token_stream()
-
-    def advance(self, token_ids: list[int], *, stopped: bool) -> str | None:
-        """See the base."""
-        if self.stop is not None:
-            matched = self.stop.push(self.stream, token_ids, stop_terminated=stopped)
-            self.num_tokens = self.stop.num_tokens
-            return matched
-        self.token_ids += token_ids
-        self.num_tokens = len(self.token_ids)
-        self.dropped = stopped and not self.keep_stop
-        return None
-
-    def end(self, reason: str, stop_reason: int | str | None) -> None:
-        """See the base."""
-        if self.stop is not None:
-            text = self.stop.text
-        else:
-            skip, spaces = self.special
-            text = self.lane.detokenizer.text(
-                self.prompt_ids,
-                self.token_ids[:-1] if self.dropped else self.token_ids,
-                skip_special_tokens=skip,
-                spaces_between_special_tokens=spaces,
-            )
-        values = {**self._identity(), **self.counts(self.num_tokens)}
-        values[TEXT] = escape(text)
-        values |= _ending(reason, stop_reason)
-        self.body = self.template.render(values)
-        self.over = True  # not before: should this fail, there is still an error to answer with
-
-    def flush(self) -> None:
-        """See the base."""
-        self.waiting = False
-        if self.body is not None and not self.paused and not self.cycle.disconnected:
-            body, self.body = self.body, None
-            self._respond(200, body)
-
-    def _respond(self, status: int, body: bytes) -> None:
-        self.length = len(body)
-        if status == 200:
-            self.clock.done = time.monotonic()
-            self.stages = self.lane.stages_of(self)
-            if self.stages is not None:
-                self.extra_headers.append(server_timing(self.stages))
-        lines = self.lane.start(self, status, b"application/json", body)
-        self.connection.write(lines + body)
-        self.lane.closed(self, status)
-        self.connection.finish(self.cycle)
-
-    def fail(self, error: Exception) -> None:
-        """See the base."""
-        if self.over:
-            return
-        self.over = True
-        if not self.cycle.disconnected:
-            self._respond(*self.ask.route.error(error))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from scalellm_plugins.engine.holding import COUNTS
 
 from .accounting import Accounting
-from .answers import Answer, StreamedAnswer, WholeAnswer
+from .answers import Answer, StreamedAnswer
 from .client_errors import unfit
 from .detokenize import Detokenizer
 from .engine_rings import Columns
@@ -30,6 +30,7 @@ from .routes import Ask, ChatRoute, CompletionRoute, Route
 from .segments import Plan
 from .tally import Tally
 from .timing import Stages
+from .whole_answer import WholeAnswer
 
 if TYPE_CHECKING:
     from .connection import FastLaneProtocol
