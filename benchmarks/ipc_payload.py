@@ -5,7 +5,9 @@
 One frame of so many megabytes (a tensor's bytes) is sent, and the other process reads one byte of
 every page of it, then says so; the next is sent when it has. Both as the two are used between
 vLLM's processes: ZMQ over `ipc://` with frames that are not copied, and `ipc.channel`, which copies
-into a segment that the reader maps. The ways take turns. CPU is both processes', per message.
+into memory beside the ring, out of which the reader copies at once, or, above 4 MB and in the way
+"segments" always, into a segment that the reader maps. The ways take turns. CPU is both processes',
+per message.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 _PAGE = 4096
-WAYS = ("zmq", "segments")
+WAYS = ("zmq", "channel", "segments")
 
 
 def _touch(data: Any) -> int:
@@ -54,8 +56,9 @@ def _reader(folder: str, commands: Any) -> None:
                 if channel.consumer.park():
                     os.eventfd_read(eventfd)
                 channel.consumer.unpark()
-            _touch(frames_of(message)[0])
-            del message
+            frame: Any = frames_of(message)[0]
+            _touch(bytes(frame) if message.borrowed else frame)
+            del message, frame
             channel.release()
         commands.send(time.process_time() - begun)
 
@@ -65,7 +68,7 @@ def measure(megabytes: int, rounds: int) -> dict[str, dict[str, float]]:
     import zmq
 
     from scalellm_plugins.ipc import peers
-    from scalellm_plugins.ipc.channel import Channel
+    from scalellm_plugins.ipc.channel import BESIDE_BYTES, Channel
 
     context = multiprocessing.get_context("spawn")
     data = os.urandom(_PAGE) * (megabytes * 1_000_000 // _PAGE)
@@ -89,6 +92,7 @@ def measure(megabytes: int, rounds: int) -> dict[str, dict[str, float]]:
                 if way == "zmq":
                     socket.send(data, copy=False)
                 else:
+                    channel._most_beside = BESIDE_BYTES if way == "channel" else 0
                     channel.put(0, [data])
                 theirs = end.recv()
                 if turn > 1:

@@ -16,6 +16,7 @@ from uvicorn.protocols.utils import get_client_addr, get_path_with_query_string
 
 _FORMAT = '%s - "%s %s HTTP/%s" %d'  # uvicorn's
 _MARK = "scalellm-mark-client"
+_LOOKED_AT = ("method", "root_path", "path", "query_string", "http_version")
 _EVERY_S = 0.05
 _KINDS = 256
 
@@ -31,19 +32,20 @@ class AccessLog:
 
     def write(self, scope: Any, status: int) -> None:
         """Note that an answer to the request in `scope` begins."""
-        rest = (scope["method"], get_path_with_query_string(scope), scope["http_version"], status)
         client = get_client_addr(scope)
         if self._handler is None:
-            self._logger.info(_FORMAT, client, *rest)
+            self._logger.info(_FORMAT, client, *_rest(scope, status))
             return
-        kind = self._kinds.get(rest)
+        # By what `_rest` looks at: quoting the path takes longer than all else here.
+        seen = (*map(scope.get, _LOOKED_AT), status)
+        kind = self._kinds.get(seen)
         if kind is None:
-            kind = self._learn(rest)
+            kind = self._learn(seen, _rest(scope, status))
         if not self._lines:
             asyncio.get_running_loop().call_later(_EVERY_S, self.flush)
         self._lines.append(kind[0] + client + kind[1])
 
-    def _learn(self, rest: tuple[Any, ...]) -> tuple[str, str]:
+    def _learn(self, seen: tuple[Any, ...], rest: tuple[Any, ...]) -> tuple[str, str]:
         assert self._handler is not None
         record = self._logger.makeRecord(
             self._logger.name, logging.INFO, "", 0, _FORMAT, (_MARK, *rest), None
@@ -52,7 +54,7 @@ class AccessLog:
         kind = before, after + self._handler.terminator
         if len(self._kinds) >= _KINDS:
             self._kinds.clear()  # paths with queries may be any number
-        self._kinds[rest] = kind
+        self._kinds[seen] = kind
         return kind
 
     def flush(self) -> None:
@@ -64,6 +66,11 @@ class AccessLog:
         with handler.lock or _NoLock():
             handler.stream.write("".join(lines))
             handler.flush()
+
+
+def _rest(scope: Any, status: int) -> tuple[Any, ...]:
+    """What a line says, but for the client."""
+    return scope["method"], get_path_with_query_string(scope), scope["http_version"], status
 
 
 class _NoLock:

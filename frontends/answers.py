@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 from .detokenize import escape
@@ -36,11 +37,27 @@ if TYPE_CHECKING:
     from .routes import Ask
     from .templates import StreamTemplates
 
+_plain = re.compile(r"[\w.-]+", re.ASCII).fullmatch
+"""Whether a text is the same within JSON."""
+
 _LAST_CHUNK = b"0\r\n\r\n"
 
 
 class Answer:
-    """What both kinds share. Sub-classes define `advance`, `end` and `flush`."""
+    """What both kinds share. Sub-classes define `advance`, `end` and `flush`.
+
+    Slots, and what a streamed token needs first: a dictionary of this many attributes is three
+    lines of cache for each look-up, and between two steps other processes have had the cache.
+    """
+
+    __slots__ = (
+        *("num_tokens", "last", "fresh", "waiting", "paused", "over", "connection", "cycle"),
+        *("lane", "ask", "clock", "hold", "length", "extra_headers", "stats"),
+        *("queue", "request_id", "external_req_id", "prompt_ids", "prompt_len"),
+        *("max_tokens_param", "is_prefilling", "num_cached_tokens", "num_cache_creation_tokens"),
+        *("stages", "keep_stop", "special", "stop", "stream"),
+        "__dict__",  # for whatever a release of vLLM may put there
+    )
 
     # Constants where vLLM's RequestState has variables.
     parent_req = None
@@ -66,6 +83,8 @@ class Answer:
         self.length: int | None = None
         """Bytes of the body, where they were announced."""
         self.extra_headers: list[bytes] = []
+        self.stages: dict[str, float] | None = None
+        """Seconds by stage, where the client was told."""
         # What vLLM's functions read.
         self.queue = self
         self.request_id = ""
@@ -76,6 +95,19 @@ class Answer:
         self.num_cached_tokens = 0
         self.num_cache_creation_tokens = 0
         self.stats: Any = None
+        # Of tokens that came as columns; `catch_up` tells `stats`.
+        self.last = 0.0
+        """Time of the last token, as the engine's clock has it."""
+        self.fresh = 0
+        """Tokens that `stats` does not know of."""
+
+    def catch_up(self) -> None:
+        """Tell `stats` about the tokens that came as columns."""
+        known = self.stats
+        if known is not None:
+            known.num_generation_tokens += self.fresh
+            known.last_token_ts = self.last
+        self.fresh = 0
 
     def admitted(self, request: Any, stats: Any) -> None:
         """Take over what vLLM made of the request (an `EngineCoreRequest`)."""
@@ -120,6 +152,10 @@ class Answer:
     def push(self, token_id: int) -> str | None:
         """Take one token that does not end the request: `advance`, as often as there are tokens."""
         return self.advance([token_id], stopped=False)
+
+    def show(self, token_id: int) -> bool:  # noqa: ARG002
+        """Take one token and write it; False, and nothing has happened, where `push` must."""
+        return False
 
     def end(self, reason: str, stop_reason: int | str | None) -> None:
         """Note how it ended; the next `flush` writes it."""
@@ -171,20 +207,25 @@ class Answer:
         )
 
     def _identity(self) -> dict[str, bytes]:
-        name = json.dumps(self.ask.request_id, ensure_ascii=False)[1:-1]
+        name = self.ask.request_id
+        if not _plain(name):
+            name = json.dumps(name, ensure_ascii=False)[1:-1]
         return {ID: name.encode("utf-8", "surrogatepass"), CREATED: b"%d" % self.ask.created}
 
 
-def ending(reason: str, stop_reason: int | str | None) -> dict[str, bytes]:
+def ending_of(reason: str, stop_reason: int | str | None) -> dict[str, bytes]:
     """How a request ended, for templates."""
-    return {
-        FINISH: json.dumps(reason).encode(),
-        STOP: json.dumps(stop_reason, ensure_ascii=False).encode(),
-    }
+    stop = b"null" if stop_reason is None else json.dumps(stop_reason, ensure_ascii=False).encode()
+    return {FINISH: b'"%b"' % reason.encode(), STOP: stop}  # one of vLLM's own words
 
 
 class StreamedAnswer(Answer):
     """Server-sent events, one per step unless the client or this worker is slower."""
+
+    __slots__ = (
+        *("ready", "fixed", "head", "tail", "text", "due", "begun", "interval", "ending"),
+        *("templates", "turn", "tokens_shown", "headless", "head_timer", "_bound"),
+    )
 
     def __init__(
         self,
@@ -210,12 +251,14 @@ class StreamedAnswer(Answer):
         self.text = b""
         """Escaped text that was not written yet."""
         self.begun = False
-        self.last: tuple[str, int | str | None] | None = None
+        self.ending: tuple[str, int | str | None] | None = None
         self.stream: TokenStream | None = None
         self.headless = False
         """Whether the headers are still to be sent. The status is 200, unless the engine refuses
         the request before that."""
         self.head_timer: asyncio.TimerHandle | None = None
+        self.ready: list[bytes | None] | None = None
+        """A token's bytes by its id, while there is nothing to a token but that (see `show`)."""
 
     def send_headers(self) -> None:
         """Send the headers if they are still here."""
@@ -252,6 +295,7 @@ class StreamedAnswer(Answer):
 
     def advance(self, token_ids: list[int], *, stopped: bool) -> str | None:
         """See the base."""
+        self.ready = None
         self.num_tokens += len(token_ids)
         if self.interval > 1:
             self._take_turn()
@@ -273,9 +317,25 @@ class StreamedAnswer(Answer):
         """See the base."""
         if self.stop is not None or self.interval > 1:
             return self.advance([token_id], stopped=False)
+        self.ready = None
         self.num_tokens += 1
         self.text += self.stream.feed_json(token_id)  # type: ignore[union-attr]
         return None
+
+    def show(self, token_id: int) -> bool:
+        """See the base. The steady state of a stream: nothing waits, and the client reads."""
+        ready = self.ready
+        if ready is None or self.waiting or self.paused or not 0 <= token_id < len(ready):
+            return False
+        text = ready[token_id]
+        if text is None:
+            return False
+        self.num_tokens += 1
+        if text:
+            self.connection.write(
+                b"%x\r\n%b%b%b\r\n" % (self.fixed + len(text), self.head, text, self.tail)
+            )
+        return True
 
     def _take_turn(self) -> None:
         # vLLM's --stream-interval: the first token, then every so many (and the last).
@@ -289,29 +349,32 @@ class StreamedAnswer(Answer):
 
     def end(self, reason: str, stop_reason: int | str | None) -> None:
         """See the base."""
+        self.ready = None
         if self.stop is not None:
             self._add(self.stop.delta(finished=True))
         self.over = True
-        self.last = (reason, stop_reason)
+        self.ending = (reason, stop_reason)
 
     def flush(self) -> None:
         """See the base."""
         self.waiting = False
-        if self.paused or self.cycle.disconnected or (self.over and self.last is None):
+        if self.paused or self.cycle.disconnected or (self.over and self.ending is None):
             return  # not now, or nothing more: it has ended
-        if self.begun and self.last is None and not self.templates.counts:
+        if self.begun and self.ending is None and not self.templates.counts:
             if self.text and self.due:
                 text, self.text = self.text, b""
                 self.due = self.interval <= 1
                 self.connection.write(
                     b"%x\r\n%b%b%b\r\n" % (self.fixed + len(text), self.head, text, self.tail)
                 )
+            if self.stop is None and self.interval <= 1:
+                self.ready = self.stream.table  # type: ignore[union-attr]
             return
         self._flush_rarely()
 
     def _flush_rarely(self) -> None:
         """The first events, the last ones, and those that carry counts."""
-        if self.last is None and (self.is_prefilling or (self.begun and not self.due)):
+        if self.ending is None and (self.is_prefilling or (self.begun and not self.due)):
             return
         events = []
         if not self.begun:
@@ -320,7 +383,7 @@ class StreamedAnswer(Answer):
         fresh = self.num_tokens > self.tokens_shown
         self.tokens_shown = self.num_tokens
         values = {**self._bound, **self.counts(self.num_tokens), TEXT: text}
-        if self.last is None:
+        if self.ending is None:
             if text or (fresh and self.templates.counts):
                 events.append(self.templates.delta.render(values))
             # Begun is what has written something: the headers are still here until then.
@@ -328,7 +391,7 @@ class StreamedAnswer(Answer):
             self.due = self.interval <= 1 or not any(events)
             self._write(events)
             return
-        values |= ending(*self.last)
+        values |= ending_of(*self.ending)
         if self.num_tokens:  # vLLM leaves it out of a stream that was ended before its first token
             events.append(self.templates.finish.render(values))
         if self.templates.usage is not None:
@@ -342,13 +405,19 @@ class StreamedAnswer(Answer):
             self.connection.write(self._head() + chunk + closing)
 
     def _close(self, events: list[bytes]) -> None:
-        self.last = None
+        self.ending = None
         self._write(events, _LAST_CHUNK)
         self.lane.closed(self, 200)
         self.connection.finish(self.cycle)
 
+    def gone(self) -> None:
+        """See the base."""
+        self.ready = None
+        super().gone()
+
     def fail(self, error: Exception) -> None:
         """The status is out: the error is an event, as in vLLM. If not, a refusal has its own."""
+        self.ready = None
         if self.over:
             return
         self.over = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from argparse import Namespace
 from typing import Any
@@ -18,6 +19,8 @@ from .link import Link
 from .requests import reserve_names
 
 logger = logging.getLogger("vllm.scalellm")
+
+_PYTHONS = (700, 10, 10)  # Python's own thresholds, until 3.13; later its collector is another
 
 
 def obstacles(engine_client: Any, state: Any, args: Namespace) -> list[str]:
@@ -72,6 +75,7 @@ class FastLaneEndpoint:
             made = gate.attach(engine_client, self._app, state, args)
             ways.install(engine_client, state, _nobody if made is None else made.stranger)
             await attach(engine_client, self._app, state, args)
+            collect_rarely()
         elif engine_client is not None:
             gate.check_off()
 
@@ -103,6 +107,17 @@ class TermsEndpoint:
 
 def _nobody() -> None:
     """No tenants file binds a request."""
+
+
+def collect_rarely() -> None:
+    """Look for garbage in cycles after 20,000 new objects, not 700, unless somebody has chosen.
+
+    A request's objects go with their last reference, but for a while they are new: a collection per
+    25 requests, 0.2 ms each and now and then 3 ms, in which streams stand still, 2-4 % of what an
+    answer in one piece costs. Garbage of 20,000 objects is a few megabytes.
+    """
+    if gc.get_threshold() == _PYTHONS:
+        gc.set_threshold(20_000, 10, 10)
 
 
 async def attach(engine_client: Any, app: Any, state: Any, args: Namespace) -> None:

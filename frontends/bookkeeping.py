@@ -5,7 +5,7 @@ and eleven more for every finished request. The code is not slow, it is cold: be
 other processes have had the caches, and the same lines cost 3-6 times what they cost in a loop
 (`benchmarks/lane_cost.py --cold`). So statistics add up in one `IterationStats` and the loggers see
 it every `EVERY_S`, and when the engine has nothing more to do: an answer may tell how busy it is
-(`endpoint-load-metrics-format`). Only what is counted per step is still counted per step: the
+(`endpoint-load-metrics-format`). What is counted per step is still one number per step: the
 histogram of tokens per iteration, and what depends on the moment (`iteration_timestamp`).
 
 Where a logger is not vLLM's own, or there are several engines, every message is recorded as ever.
@@ -70,6 +70,8 @@ class Bookkeeper:
             logger.histogram_iteration_tokens = {
                 index: _Muted(histogram) for index, histogram in histograms.items()
             }
+        self._waiting: list[int] = []
+        """Tokens of steps that are not in the histogram yet."""
         self._iteration: Any = None
         self._scheduler: Any = None
         self._seen = 0
@@ -96,7 +98,7 @@ class Bookkeeper:
         """Count a step of which no message came."""
         self._iteration.num_generation_tokens += tokens
         self._seen += tokens
-        self._steps.observe(tokens)
+        self._waiting.append(tokens)
 
     def message(self, engine: int, scheduler: Any, iteration: Any) -> None:
         """A message is done with: count its step, and have the rest recorded in a while."""
@@ -105,7 +107,7 @@ class Bookkeeper:
             return
         if iteration is not None:
             counted = iteration.prompt_token_stats.computed + iteration.num_generation_tokens
-            self._steps.observe(counted - self._seen)
+            self._waiting.append(counted - self._seen)
             self._seen = counted
         if self._scheduler is None:
             self._scheduler = scheduler
@@ -125,6 +127,9 @@ class Bookkeeper:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        steps, self._waiting = self._waiting, []
+        for tokens in steps:
+            self._steps.observe(tokens)
         scheduler, self._scheduler = self._scheduler, None
         iteration, self._iteration = self._iteration, None
         if scheduler is not None or iteration is not None:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 class FastLaneProtocol(HttpToolsProtocol):
     """uvicorn's protocol for `uvicorn.Config(http=...)`. Without a lane it is exactly its base."""
 
+    # Of its base, instances have a dictionary: what every token needs is found without it.
+    __slots__ = ("_fd", "_held", "_to", "admitted", "answer", "gate", "lane")
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         state = getattr(self.config.app, "state", None)
@@ -40,6 +43,7 @@ class FastLaneProtocol(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         """Note the socket, where bytes written to it are what the client reads."""
         super().connection_made(transport)
+        self._to = transport
         sock = transport.get_extra_info("socket")
         if sock is not None and transport.get_extra_info("sslcontext") is None:
             self._fd = sock.fileno()
@@ -114,7 +118,7 @@ class FastLaneProtocol(HttpToolsProtocol):
         including the kernel's part; two EPYC cores). What the socket does not take, and everything
         under TLS, is the transport's.
         """
-        transport = self.transport
+        transport = self._to
         if self._fd >= 0 and not transport.get_write_buffer_size() and not transport.is_closing():
             try:
                 sent = os.write(self._fd, data)

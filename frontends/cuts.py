@@ -105,7 +105,7 @@ _WORDS = "a Z é 中 한 🙂 👩‍🚀 ﬁ ß İ ａ 3.14159 2026 hello user 
 _SIGNS = "< | > <| |> [ ] </ ... !? <<< ||| # - \\"
 _SPACED = [" ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", " world", "Hello World ", "e\u0301"]
 _ODD = ["\u00a0", "\u3000", "\u2028", "\x85", "\u200b", "\x1c", "\x00"]
-_FRAGMENTS = [*_WORDS.split(), *_SIGNS.split(), *_SPACED, *_ODD]
+FRAGMENTS = [*_WORDS.split(), *_SIGNS.split(), *_SPACED, *_ODD]
 
 
 def sample_texts(
@@ -120,7 +120,7 @@ def sample_texts(
     others = [*cuts, *rng.sample(tokens, min(len(tokens), 100))]
     torn = [token[:cut] for token in others for cut in (1, len(token) // 2, -1)]
     torn += [token[cut:] for token in others for cut in (1, len(token) // 2, -1)]
-    pools: list[Sequence[str]] = [_FRAGMENTS, _FRAGMENTS, cuts, cuts, others, torn]
+    pools: list[Sequence[str]] = [FRAGMENTS, FRAGMENTS, cuts, cuts, others, torn]
     pools = [pool for pool in pools if pool]
     texts = ["", *cuts, *(token + token for token in cuts), *(f" {token} x " for token in cuts)]
     while len(texts) < count:

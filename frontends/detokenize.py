@@ -56,6 +56,14 @@ class TokenStream:
         """Return `escape(self.feed(token_id))`; either is called for a token, never both."""
         return escape(self.feed(token_id))
 
+    @property
+    def table(self) -> list[bytes | None] | None:
+        """Where `feed_json` would look the next token up, None where it would not.
+
+        An id that is not in it, or has None there, must be fed; all others need not.
+        """
+        return None
+
 
 class Detokenizer:
     """What the streams of one tokenizer share: one per process, built when the model loads.
@@ -183,6 +191,10 @@ class _TableStream(TokenStream):
             return b""
         text = self.feed(token_id)
         return escape(text) if text else b""
+
+    @property
+    def table(self) -> list[bytes | None] | None:
+        return None if self._pending else self._ready
 
     def _go_on(self, raw: bytes) -> str:
         """Add to the pending bytes; return their text if it no longer ends unfinished.

@@ -21,16 +21,19 @@ import struct
 from array import array
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
 import zmq
 
 from scalellm_plugins import messages
 from scalellm_plugins.errors import ScaleLLMError
 from scalellm_plugins.ipc import peers
-from scalellm_plugins.ipc.channel import Channel, Message, frames_of
+from scalellm_plugins.ipc.channel import BESIDE_BYTES, Channel, Message, frames_of
+from scalellm_plugins.likes import UNNUMBERED, LikesSent
 
 logger = logging.getLogger("vllm.scalellm")
 
-_SLOT = struct.Struct("<q")
+_ADDED = struct.Struct("<qq")
+_encode = msgspec.msgpack.Encoder().encode
 _AT_ONCE = 64
 """Messages in a row, before connections get their turn."""
 
@@ -49,6 +52,8 @@ class Columns(NamedTuple):
     """`EngineCoreOutput` of requests whose last this is."""
     engine: int = 0
     """Whose step it is: vLLM's engine index."""
+    more: bool = False
+    """Whether the engine's next message is here already."""
 
 
 class Sink(Protocol):
@@ -70,8 +75,9 @@ class Sink(Protocol):
 class _Engine:
     """One connected engine."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, likes: LikesSent) -> None:
         self.channel = channel
+        self.likes = likes
         # Readable when its process has ended, or hung up. The socket alone would be readable
         # whenever the descriptor of a large message comes.
         self.end = select.epoll()
@@ -106,6 +112,8 @@ class EngineRings:
     @classmethod
     def connect(cls, client: Any) -> EngineRings | None:
         """Connect to every engine of this client that lets it; None where there is none."""
+        from vllm.v1.engine import EngineCoreRequest
+
         address = client.resources.output_socket.getsockopt(zmq.LAST_ENDPOINT)
         address = address.decode().rstrip("\0")
         wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -122,7 +130,8 @@ class EngineRings:
             if peer is None:
                 missing.append(str(index))
             else:
-                engines[identity] = _Engine(Channel(peer))
+                likes = LikesSent(EngineCoreRequest)
+                engines[identity] = _Engine(Channel(peer, BESIDE_BYTES), likes)
         if missing:
             logger.info("engine %s: by vLLM's sockets, not shared memory", ", ".join(missing))
         if not engines:
@@ -158,18 +167,27 @@ class EngineRings:
 
     def add(self, engine: bytes, request: Any, receiver: Any = None) -> None:
         """Send a request. `receiver`: whom `on_step` finds in `requests`; by default the id."""
+        to = self._engines[engine]
         slot = next(self._slots)
         request_id = request.request_id
         ids = request.prompt_token_ids
+        # The lane's only: of those, many have the same object for their parameters.
+        number, known = (UNNUMBERED, False) if receiver is None else to.likes.number(request)
         request.prompt_token_ids = None
         try:
-            frames = self._client.encoder.encode(request)
+            if known:
+                kind, frames = messages.ADD_LIKE, [_encode(to.likes.carried(request))]
+            else:
+                kind, frames = messages.ADD, self._client.encoder.encode(request)
+            prompt = array("i", ids) if ids else b""
+            to.channel.put(kind, [_ADDED.pack(slot, number), prompt, *frames])
+        except BaseException:
+            to.likes.forget()
+            raise
         finally:
             request.prompt_token_ids = ids
-        prompt = array("i", ids) if ids else b""
         self.requests[slot] = request_id if receiver is None else receiver
         self._slot_of[request_id] = slot
-        self._engines[engine].channel.put(messages.ADD, [_SLOT.pack(slot), prompt, *frames])
 
     def send(self, engine: bytes, kind: int, frames: Any) -> None:
         """Send an encoded message."""
@@ -246,7 +264,9 @@ class EngineRings:
             general = self._client.decoder.decode(frames)
             self._settle(engine, general)
         assert self.sink is not None
-        columns = Columns(step.timestamp, receivers, step.tokens, ended, engine.channel.peer.index)
+        channel = engine.channel
+        more = channel.consumer.has_more()
+        columns = Columns(step.timestamp, receivers, step.tokens, ended, channel.peer.index, more)
         self.sink.on_step(columns, general, self)
 
     def _ended_outputs(self, ends: list[messages.End]) -> list[Any]:

@@ -32,7 +32,7 @@ from .routes import Ask, ChatRoute, CompletionRoute, Route
 from .segments import Plan
 from .tally import Tally
 from .timing import Stages
-from .whole_answers import WholeAnswer
+from .whole_answer import WholeAnswer
 
 if TYPE_CHECKING:
     from .connection import FastLaneProtocol
@@ -241,6 +241,8 @@ class Lane:
             try:
                 token_ids = output.new_token_ids
                 reason = output.finish_reason
+                if answer.fresh:
+                    answer.catch_up()
                 if answer.hold is not None:
                     tally.held(answer, output, timestamp, stats)
                 elif stats is not None:
@@ -253,6 +255,7 @@ class Lane:
                         known.num_generation_tokens += len(token_ids)
                         latencies.add(timestamp, known.last_token_ts, stats)
                         known.last_token_ts = timestamp
+                    answer.last = timestamp
                 elif answer.is_prefilling:
                     tally.first(answer, output)
                 matched = answer.advance(token_ids, stopped=reason is self._stop)
@@ -262,10 +265,7 @@ class Lane:
                     answer.waiting = True
                     fresh.append(answer)
             except Exception as error:
-                logger.exception("the fast lane failed on an output of %s", output.request_id)
-                aborts.append(output.request_id)
-                self._forget(answer)
-                answer.put(error)
+                self._failed(answer, error, aborts)
         latencies.close(timestamp)
         if fresh and not self._flushing:
             # After the steps that are already here: a worker that is late makes larger events.
@@ -287,39 +287,55 @@ class Lane:
         others = []
         aborts: list[str] = []
         timestamp = step.timestamp
-        latencies, fresh = self.latencies, self._fresh
-        taken = 0
+        # A worker that is late makes larger events: only the last step is written at once.
+        direct = not step.more
+        groups: list[tuple[float, int]] = []
+        group, count, taken = -1.0, 0, 0
         for answer, token in zip(step.receivers, step.tokens, strict=True):
             if not isinstance(answer, Answer):
                 if answer is not None:
                     others.append((answer, token))
                 continue
+            taken += 1
+            # As `latencies.add`, and without a look at `answer.stats`, which is cold.
+            if answer.last != group:
+                groups.append((timestamp - group, count))
+                group, count = answer.last, 0
+            count += 1
+            answer.last = timestamp
+            answer.fresh += 1
             try:
-                taken += 1
-                if stats is not None:
-                    known = answer.stats
-                    known.num_generation_tokens += 1
-                    latencies.add(timestamp, known.last_token_ts, stats)
-                    known.last_token_ts = timestamp
-                matched = answer.push(token)
-                if matched is not None:
-                    self._finished(answer, None, matched, stats, aborts)
-                if not answer.waiting:
-                    answer.waiting = True
-                    fresh.append(answer)
+                if not (direct and answer.show(token)):
+                    self._push(answer, token, stats, aborts)
             except Exception as error:
-                logger.exception("the fast lane failed on an output of %s", answer.request_id)
-                aborts.append(answer.request_id)
-                self._forget(answer)
-                answer.put(error)
-        latencies.close(timestamp)
-        if stats is not None:
+                self._failed(answer, error, aborts)
+        if stats is not None and taken:
+            groups.append((timestamp - group, count))
+            self.latencies.add_groups(groups[1:], stats)  # the first is that of nobody
             stats.num_generation_tokens += taken
         return others, aborts
+
+    def _push(self, answer: Answer, token: int, stats: Any, aborts: list[str]) -> None:
+        """Give an answer one token, to be written at the end of the turn."""
+        matched = answer.push(token)
+        if matched is not None:
+            self._finished(answer, None, matched, stats, aborts)
+        if not answer.waiting:
+            answer.waiting = True
+            self._fresh.append(answer)
+
+    def _failed(self, answer: Answer, error: Exception, aborts: list[str]) -> None:
+        """Give up a request on whose output the lane itself failed."""
+        logger.exception("the fast lane failed on an output of %s", answer.request_id)
+        aborts.append(answer.request_id)
+        self._forget(answer)
+        answer.put(error)
 
     def _finished(
         self, answer: Answer, output: Any, matched: str | None, stats: Any, aborts: list[str]
     ) -> None:
+        if answer.fresh:
+            answer.catch_up()
         reason = self._stop if matched is not None else output.finish_reason
         if matched is not None and (output is None or output.finish_reason is None):
             aborts.append(answer.request_id)  # the engine does not know about stop strings
@@ -411,7 +427,9 @@ class Lane:
         """Count the exchanges that have ended."""
         ended, self._ended = self._ended, []
         for answer, status, seconds in ended:
-            stages = self.stages_of(answer) if status == 200 else None
+            stages = answer.stages
+            if stages is None and status == 200:
+                stages = self.stages_of(answer)
             if stages is not None:
                 self.stages.count(stages)
             self.accounting.ended(answer, status, seconds)

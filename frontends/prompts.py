@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .chat_probes import overridden, prepare_chat
-from .cuts import AddedToken, choose_cuts, sample_texts
+from .cuts import FRAGMENTS, AddedToken, choose_cuts, sample_texts
 from .rendering import Chat, Message, render
 from .segments import Ids, Plan, SegmentCache
+from .words import Words, boundary_splits
 
 # The self-check of the segment cache, of a start that takes 20-40 s anyway.
 CHECK_SECONDS = 0.15
@@ -145,8 +146,11 @@ def _checked(
         if token.content and not token.normalized
     ]
     cuts = choose_cuts(raw, lambda token: any(token in text for text in renderings))
+    words = Words(encode, rust)
+    fragments = [*FRAGMENTS, *(token.content for _, token in added)]
+    by_word = boundary_splits(rust) and words.check(rng, fragments) is None
     cache = SegmentCache(
-        encode,
+        words if by_word else encode,
         cuts.specials,
         cache_bytes,
         lstrip=cuts.lstrip,

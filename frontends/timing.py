@@ -24,6 +24,9 @@ from .metric import metric
 
 STAGES = ("tokenize", "to_engine", "engine_queue", "prefill", "decode", "write")
 _ENGINE = ("engine_queue", "prefill", "decode")
+_HEADER = b"server-timing: %b, total;dur=%%.2f\r\n" % b", ".join(
+    b"%b;dur=%%.2f" % stage.encode() for stage in STAGES
+)
 _BUCKETS = (
     *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1, 2.5, 5, 10, 25, 50, 100),
@@ -109,6 +112,5 @@ class Stages:
 
 def server_timing(stages: dict[str, float]) -> bytes:
     """Return a `Server-Timing` header line; milliseconds, as the header has them."""
-    parts = [f"{stage};dur={value * 1e3:.2f}" for stage, value in stages.items()]
-    total = sum(stages.values()) * 1e3
-    return f"server-timing: {', '.join(parts)}, total;dur={total:.2f}\r\n".encode()
+    milliseconds = [value * 1e3 for value in stages.values()]
+    return _HEADER % (*milliseconds, sum(milliseconds))

@@ -46,7 +46,7 @@ FEATURES: dict[str, Feature] = {
         Feature("ipc", "shared-memory columns between frontends and the engine", "partial"),
         Feature(
             "scheduler",
-            "a lean decode step for an eighth of the CPU; policies, deadlines and limits of tenants",
+            "a lean decode step for an eighth of the CPU; policies, deadlines, tenants' limits",
             "ready",
         ),
         Feature(

@@ -11,9 +11,10 @@ import msgspec
 
 from .errors import ScaleLLMError
 
-# From frontends. Frames: vLLM's, of the request type; ADD has a slot (int64) and the prompt's token
-# ids (int32[]; the request's own list is None then) before them.
-ADD, ABORT, UTILITY = 1, 2, 3
+# From frontends. Frames: vLLM's, of the request type; ADD has a slot and a number (int64, see
+# likes.py) and the prompt's token ids (int32[]; the request's own list is None then) before them.
+# ADD_LIKE has the same two, and what is carried of a request that is like the one of that number.
+ADD, ABORT, UTILITY, ADD_LIKE = 1, 2, 3, 4
 
 # From engines. STEP: an encoded `Step`, no frames. FRAMED_STEP: a `Step`, then the frames of its
 # EngineCoreOutputs. OUTPUTS: frames of EngineCoreOutputs.

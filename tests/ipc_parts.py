@@ -55,7 +55,7 @@ def mappings(capacity: int) -> tuple[mmap.mmap, mmap.mmap]:
 
 
 @contextlib.contextmanager
-def connected(capacity: int = SMALL) -> Iterator[tuple[End, End]]:
+def connected(capacity: int = SMALL, beside: int = 0) -> Iterator[tuple[End, End]]:
     """Two ends of a connection, without the handshake."""
     sockets = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     memories = [memory.create(ring.size_of(capacity)) for _ in range(2)]
@@ -73,7 +73,7 @@ def connected(capacity: int = SMALL) -> Iterator[tuple[End, End]]:
             (capacity, capacity),
             os.dup(eventfds[1 - here]),
         )
-        ends.append(End(Channel(peer), eventfds[here]))
+        ends.append(End(Channel(peer, beside), eventfds[here]))
     try:
         yield ends[0], ends[1]
     finally:

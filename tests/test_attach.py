@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from types import SimpleNamespace
@@ -126,3 +127,18 @@ def test_the_access_log_says_id_and_stages(kind: str, caplog: pytest.LogCaptureF
         "prefill_ms": "100.0",
     }
     assert (str(said["prompt_tokens"]), str(said["completion_tokens"])) == ("3", "4")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((700, 10, 10), (20_000, 10, 10)), ((5000, 5, 5), (5000, 5, 5))]
+)
+def test_collections_are_rare_unless_somebody_chose(
+    before: tuple[int, int, int], after: tuple[int, int, int]
+) -> None:
+    python = gc.get_threshold()
+    try:
+        gc.set_threshold(*before)
+        attach.collect_rarely()
+        assert gc.get_threshold() == after
+    finally:
+        gc.set_threshold(*python)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import mmap
 import os
 import socket
@@ -51,14 +52,20 @@ SEND = st.tuples(st.integers(0, MAX_KIND), st.lists(SIZE, max_size=4))
 STEP = st.one_of(SEND, SEND, st.integers(1, 4), st.none())
 
 
-@given(st.lists(STEP, max_size=40))
-@example([(1, [size]) for size in range(LARGE - 24, LARGE + 8)])
-@example([(1, [SMALL])] * (MOST_SEGMENTS + 3))
-@example([(1, [400])] * 30)
-@example([*[(1, [400])] * 12, 4, (1, [8]), 4, None, (1, [400])])
-def test_what_is_put_arrives(steps: list[Any]) -> None:
+BESIDE = st.sampled_from([0, 2 * SMALL, 2 * SMALL])
+
+
+@given(st.lists(STEP, max_size=40), BESIDE)
+@example([(1, [size]) for size in range(LARGE - 24, LARGE + 8)], 0)
+@example([(1, [SMALL])] * (MOST_SEGMENTS + 3), 0)
+@example([(1, [400])] * 30, 0)
+@example([*[(1, [400])] * 12, 4, (1, [8]), 4, None, (1, [400])], 0)
+@example(
+    [(1, [SMALL]), (1, [SMALL]), 1, (1, [3 * SMALL]), (1, [SMALL]), 9, (1, [SMALL])], 2 * SMALL
+)
+def test_what_is_put_arrives(steps: list[Any], beside: int) -> None:
     """Numbers receive so many. At None the sender tries again, if it was woken."""
-    with connected() as (here, there):
+    with connected(beside=beside) as (here, there):
         sent, found = [], []
         for number, step in enumerate(steps):
             if step is None:
@@ -102,6 +109,48 @@ def test_where_segments_begin(ends: tuple[End, End]) -> None:
         assert message is not None
         assert message.borrowed is borrowed
         assert len(frames_of(message)[0]) == size
+
+
+def test_memory_beside_the_ring_is_used_again() -> None:
+    with connected(beside=2 * SMALL) as (here, there):
+        mapped = set()
+        for number in range(5):
+            here.channel.put(1, [filler(SMALL + number, number)])
+            message = there.channel.receive()
+            assert message is not None
+            assert message.borrowed
+            assert bytes(frames_of(message)[0]) == filler(SMALL + number, number)
+            mapped.add(id(message.data.obj))
+            del message
+            there.channel.release()
+        assert len(mapped) == 1
+        assert len(shared_memory()) == 6, "two rings and one memory beside them, mapped twice each"
+
+
+def test_a_message_beside_the_ring_is_not_written_over() -> None:
+    """It is the reader's until it is released; the next one has a segment meanwhile."""
+    with connected(beside=2 * SMALL) as (here, there):
+        here.channel.put(1, [b"x" * SMALL])
+        here.channel.put(2, [b"y" * SMALL])
+        first, second = there.channel.receive(), there.channel.receive()
+        assert first is not None
+        assert second is not None
+        assert (first.borrowed, second.borrowed) == (True, False)
+        assert bytes(frames_of(first)[0]) == b"x" * SMALL
+        assert bytes(frames_of(second)[0]) == b"y" * SMALL
+        del first, second
+        there.channel.release()
+
+
+def test_memory_beside_the_ring_that_nobody_heard_of_is_made_anew() -> None:
+    """Its descriptor has passed and no record: the reader skips it for the next segment's."""
+    with connected(beside=2 * SMALL) as (here, there):
+        with contextlib.suppress(TypeError):  # a frame that is no frame
+            here.channel.send(1, [memoryview(bytes(2 * SMALL))[::2]])
+        assert here.channel._passed == 1
+        for size in (3 * SMALL, SMALL):
+            here.channel.put(1, [filler(size, 1)])
+            assert received(there) == [(1, [filler(size, 1)])]
 
 
 def test_frames_of_a_segment_are_aligned(ends: tuple[End, End]) -> None:

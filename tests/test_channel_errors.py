@@ -113,6 +113,27 @@ def test_a_segment_record_that_says_nothing(ends: tuple[End, End], payload: byte
         there.channel.receive()
 
 
+@pytest.mark.parametrize(
+    ("payload", "why"),
+    [
+        (b"", "unpack requires"),
+        (struct.pack("<QQQ", 4097, 1, 4096), "4097 bytes in memory of 4096"),
+        (struct.pack("<QQQ", 8, 1, 8192), "shared memory of 4096 bytes"),
+        (struct.pack("<QQQ", 8, 2, 4096), "Resource temporarily unavailable"),
+    ],
+)
+def test_memory_beside_the_ring_that_is_not_what_its_record_says(
+    ends: tuple[End, End], payload: bytes, why: str
+) -> None:
+    here, there = ends
+    fd = segment(4096)
+    socket.send_fds(here.channel.peer.socket, [struct.pack("<Q", 1)], [fd])
+    os.close(fd)
+    here.channel.producer.write(3 | channel.BESIDE, payload)
+    with pytest.raises(channel.MessageCorrupted, match=f"message of kind 3, record.*{why}"):
+        there.channel.receive()
+
+
 def test_a_segment_of_nothing(ends: tuple[End, End]) -> None:
     here, there = ends
     fd = os.memfd_create("scalellm-test", os.MFD_ALLOW_SEALING)

@@ -117,6 +117,46 @@ async def test_a_request_arrives_as_it_would_by_vllms_sockets(pair: Pair, length
         assert getattr(got, field) == getattr(expected, field), field
 
 
+def test_a_request_like_one_before_is_made_from_that(pair: Pair) -> None:
+    params = SamplingParams(stop=["x"], extra_args={"tenant": "t"}, seed=3, max_tokens=7)
+    made = []
+    for number in range(3):
+        sent = parts.request(
+            f"r{number}",
+            [number, 5],
+            sampling_params=params,
+            cache_salt=None if number else "salt",
+            priority=number,
+            arrival_time=float(number),
+            external_req_id=f"outer{number}",
+        )
+        pair.rings.add(b"\0\0", sent, receiver=sent)
+        ((_, (got, _)),) = pair.engine.take()
+        assert (got.request_id, got.prompt_token_ids) == (f"r{number}", [number, 5])
+        assert (got.cache_salt, got.priority) == (sent.cache_salt, number)
+        assert (got.arrival_time, got.sampling_params) == (number, params)
+        made.append(got)
+    assert made[1].sampling_params is not made[2].sampling_params, "whoever changes one changes all"
+    (engine,) = pair.rings._engines.values()
+    assert list(engine.likes._known) == [id(params)]
+
+
+def test_a_request_that_was_not_sent_is_nobodys_like(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (engine,) = pair.rings._engines.values()
+    params = SamplingParams(max_tokens=7)
+    first, second = (parts.request(name, sampling_params=params) for name in ("a", "b"))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.channel, "put", lambda *_: exec("raise OSError('no memory')"))
+        with pytest.raises(OSError, match="no memory"):
+            pair.rings.add(b"\0\0", first, receiver=first)
+    assert not pair.rings.requests
+    pair.rings.add(b"\0\0", second, receiver=second)
+    ((_, (got, _)),) = pair.engine.take()
+    assert got.request_id == "b"
+
+
 async def test_messages_keep_their_order_behind_a_long_one(pair: Pair) -> None:
     """An abort that overtakes its request would be forgotten, and the request run for nobody."""
     pair.rings.add(b"\0\0", parts.request("long", list(range(50_000))))

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from scalellm_plugins.engine.holding import (
     COUNTS,
+    COUNTS_S,
     HOLD,
     KEPT,
-    RELEASE_S,
     STATS_S,
     TokenHolder,
     can_wait,
@@ -161,49 +161,69 @@ def test_every_token_arrives_in_order_and_is_counted_once(
 
 
 @given(
-    steps=st.lists(st.tuples(st.integers(1, 4), PAUSES), min_size=2, max_size=30),
+    steps=st.lists(st.tuples(st.integers(1, 4), st.booleans()), min_size=2, max_size=30),
     every=st.integers(1, 6),
 )
-def test_an_interval_is_never_exceeded(steps: list[tuple[int, float]], every: int) -> None:
+def test_an_interval_is_never_exceeded(steps: list[tuple[int, bool]], every: int) -> None:
     """The client would wait longer than it asked for; it shows what makes up an interval, as vLLM.
 
-    Pauses are long enough for what is kept to be sent early, which does not begin an interval.
+    A preemption has what is kept sent early, which does not begin an interval.
     """
     holder = TokenHolder()
     holder.add(request("a", every))
     now, shown, came, made = 100.0, 0, 0, 0
-    for count, pause in steps:
-        now += pause
+    for count, preempted in steps:
+        now += 0.25
         made += count
-        message = send(holder, Output("a", [0] * count), at=now)
-        if message is not None:
+        events = ["preempted"] if preempted else None
+        message = send(holder, Output("a", [0] * count, None, events), at=now)
+        if message is not None and message.outputs[0].request_id == "a":
             came += len(message.outputs[0].new_token_ids)
             if not shown or came - shown >= every:
                 shown = came
         assert made - shown < every, "and the first token waits for nothing"
 
 
-def test_everything_is_sent_every_half_second() -> None:
-    """Counters and a long answer's tokens would lag until its end."""
+def test_what_is_kept_is_counted_every_half_second() -> None:
+    """Counters would lag until the end of a long answer; its tokens nobody reads before that."""
     holder = TokenHolder()
     holder.add(request("a", 0))
     assert send(holder, Output("a", [1]), at=100.0)
     assert send(holder, Output("a", [2]), at=100.25) is None
-    message = send(holder, Output("a", [3]), at=100.25 + RELEASE_S)
+    message = send(holder, Output("a", [3]), at=100.25 + COUNTS_S)
     assert message is not None
-    assert message.outputs[0].new_token_ids == [2, 3]
+    (only,) = message.outputs
+    assert (only.request_id, only.new_token_ids) == (COUNTS, [])
+    assert only.kv_transfer_params == {KEPT: [0, 0.0, [[1, [[0.25, 1]]], [1, [[0.5, 1]]]]]}
+    assert send(holder, Output("a", [4]), at=101.0) is None, "the half second begins anew"
+    message = send(holder, Output("a", [5], "length"), at=101.25)
+    assert message is not None
+    assert message.outputs[0].new_token_ids == [2, 3, 4, 5]
 
 
-def test_everything_is_sent_to_every_client() -> None:
+def test_every_client_is_told() -> None:
     """Who comes first in a step must not be the only one."""
     holder = TokenHolder()
     names = ("a", "b")
     for name in names:
         holder.add(request(name, 0))
-    for at in (100.0, 100.25, 100.25 + RELEASE_S):
+    for at in (100.0, 100.25, 100.25 + COUNTS_S):
         step = {number: Message([Output(name, [1])], at) for number, name in enumerate(names)}
         holder.filter(step, lambda _stats: True)
-    assert [len(message.outputs[0].new_token_ids) for message in step.values()] == [2, 2]
+    assert [message.outputs[0].request_id for message in step.values()] == [COUNTS, COUNTS]
+
+
+def test_what_goes_out_anyway_tells_it() -> None:
+    """A message that only counts is for clients that hear nothing else."""
+    holder = TokenHolder()
+    holder.add(request("a", 0))
+    holder.add(request("b", 0))
+    send(holder, Output("a", [1]), at=100.0)
+    for number in range(4):
+        holder.add(request(f"b{number}", 0))
+        message = send(holder, Output("a", [2]), Output(f"b{number}", [1]), at=100.25 + number / 4)
+        assert message is not None
+        assert [one.request_id for one in message.outputs] == [f"b{number}"]
 
 
 def test_requests_of_others_are_left_as_they_are() -> None:

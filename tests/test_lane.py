@@ -140,7 +140,7 @@ def _compare(peer: Peer, task: Any) -> None:
         assert dropped(ours) == dropped(theirs)
         return
     # Boundaries may differ: vLLM counts an event without text as one (we do not send it), and the
-    # engine gives out what it keeps with a preemption and every half second.
+    # engine gives out what it keeps with a preemption.
     (text, *ours), (expected_text, *theirs) = _whole(ours), _whole(theirs)
     assert ours == theirs
     failed = any("error" in event for event in ours)  # then what was held back is lost

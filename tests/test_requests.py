@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from typing import Any
 
 import pytest
@@ -273,3 +274,15 @@ def test_a_full_server_declines(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(bench().client, "check_admission", full_up)
     assert maker(CHAT).make(ask_for(CHAT, full(CHAT, {})), [1], None) is None
+
+
+def test_ids_are_those_that_vllm_would_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = full(CHAT, {})
+    made = [maker(CHAT).make(ask_for(CHAT, body), [1, 2], None) for _ in range(2)]
+    assert {one.external_req_id for one in made} == {"chatcmpl-name"}
+    assert all(re.fullmatch("chatcmpl-name-[0-9a-f]{8}", one.request_id) for one in made)
+    assert made[0].request_id != made[1].request_id
+    # Any other rule, such as that of VLLM_DISABLE_REQUEST_ID_RANDOMIZATION, is vLLM's to apply.
+    monkeypatch.setenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "1")
+    plain = maker(CHAT).make(ask_for(CHAT, body), [1, 2], None)
+    assert (plain.request_id, plain.external_req_id) == ("chatcmpl-name", "chatcmpl-name")

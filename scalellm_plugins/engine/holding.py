@@ -5,9 +5,10 @@ A client that waits for the whole answer reads nothing before the last token; on
 all the same: an object to encode, a message to receive, decode and look up. Here the engine keeps
 the tokens of requests that said so (`HOLD` in their extra arguments) and sends them together.
 
-What metrics need is not lost: the times of the steps whose tokens were kept travel along, and every
-half second all that is kept is sent, so that counters never lag further behind. Where vLLM ends a
-request early (an abort, a pause), what is kept of it is still its client's.
+What metrics need is not lost: what was kept in each step, and when, travels with the next message,
+and after half a second by itself, so that counters never lag further behind. The tokens stay: of
+256 requests they were 5 outputs for each, of which one would do. Where vLLM ends a request early
+(an abort, a pause), what is kept of it is still its client's.
 
 Follows `vllm/v1/engine/core.py`: `step()` returns {client: EngineCoreOutputs}. Pure: duck-typed.
 """
@@ -31,7 +32,8 @@ step is counted once and as one step, and a latency once for all requests that h
 
 COUNTS = "scalellm_counts"
 """Request id of an output that is there to carry `KEPT`, where no other of its message can: all are
-of requests of which nothing is kept. vLLM's own code passes over ids that it does not know."""
+of requests of which nothing is kept, or there is none. vLLM's own code passes over ids that it
+does not know."""
 
 TAKE_KEPT = "scalellm_take_kept"
 """Method of the engine, for utility calls: end requests; return what was kept by request."""
@@ -39,7 +41,9 @@ TAKE_KEPT = "scalellm_take_kept"
 Step = list[Any]
 """[tokens, [[latency in s, requests] …]], see `KEPT`."""
 
-RELEASE_S = 0.5
+COUNTS_S = 0.5
+"""What was kept is counted no later than this."""
+
 STATS_S = 0.05
 """Gauges of the scheduler alone are not worth a message more often than this."""
 
@@ -72,8 +76,8 @@ class TokenHolder:
         self._kept: dict[str, _Kept] = {}
         self._steps: dict[int, list[Step]] = {}
         """Client → what was kept in each step since its last message."""
-        self._released: dict[int, float] = {}
-        """Client → when all that was kept was last sent (s, the engine's clock)."""
+        self._counted: dict[int, float] = {}
+        """Client → when it last heard what was kept (s, the engine's clock)."""
         self._stats_sent = 0.0
         self._aborted = False
         """Whether requests were aborted since it was last looked for counts that nobody sends."""
@@ -153,9 +157,6 @@ class TokenHolder:
                 theirs.outputs = [*theirs.outputs, *made.outputs]
 
     def _sift(self, client: int, outputs: list[Any], now: float) -> list[Any]:
-        release = now - self._released.get(client, 0.0) > RELEASE_S
-        if release:
-            self._released[client] = now
         news = []
         held = 0
         latencies: dict[float, int] = {}
@@ -164,7 +165,7 @@ class TokenHolder:
             kept = self._kept.get(output.request_id)
             if kept is None:
                 news.append(output)
-            elif kept.token_ids is None or self._must_go(output, kept, release):
+            elif kept.token_ids is None or self._must_go(output, kept):
                 carrier = self._with_kept(output, kept, now)
                 news.append(output)
             else:
@@ -173,20 +174,22 @@ class TokenHolder:
                 kept.last = now
                 held += len(output.new_token_ids)
         step = [held, [[now - last, count] for last, count in latencies.items()]]
-        if news and carrier is None and (latencies or client in self._steps):
+        waits = latencies or client in self._steps
+        if waits and carrier is None and (news or now - self._counted.get(client, 0.0) > COUNTS_S):
             carrier = [0, 0.0, []]
             counts = {KEPT: carrier}
             news.append(
-                type(news[0])(request_id=COUNTS, new_token_ids=[], kv_transfer_params=counts)
+                type(outputs[0])(request_id=COUNTS, new_token_ids=[], kv_transfer_params=counts)
             )
         if carrier is not None:
             carrier[2] = [*self._steps.pop(client, ()), step]
+            self._counted[client] = now
         elif latencies:
             self._steps.setdefault(client, []).append(step)
         return news
 
-    def _must_go(self, output: Any, kept: _Kept, release: bool) -> bool:
-        if release or output.finish_reason is not None or output.events is not None:
+    def _must_go(self, output: Any, kept: _Kept) -> bool:
+        if output.finish_reason is not None or output.events is not None:
             return True
         return bool(kept.every) and self._waiting(output, kept) >= kept.every
 

@@ -17,10 +17,13 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from scalellm_plugins import messages
 from scalellm_plugins.errors import ScaleLLMError
 from scalellm_plugins.ipc.channel import frames_of
 from scalellm_plugins.ipc.ring import signal
+from scalellm_plugins.likes import LikesReceived
 
 from .holding import HOLD
 
@@ -34,15 +37,17 @@ logger = logging.getLogger("vllm.scalellm")
 LONG_BYTES = 16 * 1024
 """Messages of more bytes are decoded in the thread: 4,000 prompt tokens, or a tensor."""
 
-_SLOT = struct.Struct("<q")
+_ADDED = struct.Struct("<qq")
+_carried = msgspec.msgpack.Decoder(list).decode
 _AT_ONCE = 256
 
 
 class Connected:
     """A frontend and what it has sent."""
 
-    def __init__(self, index: int, frontend: Frontend) -> None:
+    def __init__(self, index: int, frontend: Frontend, likes: LikesReceived) -> None:
         self.index = index
+        self.likes = likes
         self.frontend = frontend
         self.channel = frontend.channel
         self.pending = 0
@@ -74,10 +79,12 @@ class Inbox:
         self._own, self._threads = (
             (MsgpackDecoder(EngineCoreRequest), MsgpackDecoder()) for _ in range(2)
         )
+        self._kind = EngineCoreRequest
         self._miss = MultiModalCacheMissError
         self._columns = not envs.VLLM_COMPUTE_NANS_IN_LOGITS
         self._types = {
             messages.ADD: EngineCoreRequestType.ADD,
+            messages.ADD_LIKE: EngineCoreRequestType.ADD,
             messages.ABORT: EngineCoreRequestType.ABORT,
             messages.UTILITY: EngineCoreRequestType.UTILITY,
         }
@@ -134,8 +141,9 @@ class Inbox:
 
     def connect(self, index: int, frontend: Frontend) -> None:
         """Read this frontend's ring from now on; from the thread that accepts frontends."""
+        one = Connected(index, frontend, LikesReceived(self._kind))
         with self._lock:
-            self._connected = (*self._connected, Connected(index, frontend))
+            self._connected = (*self._connected, one)
         self._wake()  # it may sleep already, and this ring does not know
 
     def wake(self) -> None:
@@ -194,11 +202,12 @@ class Inbox:
     def _take(self, one: Connected, message: Message, decoders: Any) -> None:
         """Decode a message and put what it says where the main loop finds it."""
         frames: Any = frames_of(message)
-        if message.borrowed and message.kind != messages.ADD:
+        added = message.kind in (messages.ADD, messages.ADD_LIKE)
+        if message.borrowed and not added:
             frames = [bytes(frame) for frame in frames]
         typed, generic = decoders
-        if message.kind == messages.ADD:
-            item = self._request(one, frames, message.borrowed, typed)
+        if added:
+            item = self._request(one, frames, message, typed)
         elif message.kind == messages.ABORT:
             item = generic.decode(frames)
             one.frontend.forget(item)
@@ -212,14 +221,17 @@ class Inbox:
         if item is not None:
             self._items.append((self._types[message.kind], item))
 
-    def _request(self, one: Connected, frames: Any, borrowed: bool, decoder: Any) -> Any:
+    def _request(self, one: Connected, frames: Any, message: Message, decoder: Any) -> Any:
         """Make vLLM's request of a message; None if it was refused, and the frontend told so."""
-        (slot,) = _SLOT.unpack(frames[0])
-        prompt = frames[1].cast("i").tolist() if len(frames[1]) else None
-        rest = [bytes(frame) for frame in frames[2:]] if borrowed else frames[2:]
-        request = decoder.decode(rest)
-        if prompt is not None:
-            request.prompt_token_ids = prompt
+        slot, number = _ADDED.unpack(frames[0])
+        if message.kind == messages.ADD_LIKE:
+            request = one.likes.make(number, _carried(frames[2]))
+        else:
+            rest = [bytes(frame) for frame in frames[2:]] if message.borrowed else frames[2:]
+            request = decoder.decode(rest)
+            one.likes.remember(number, request)
+        if len(frames[1]):
+            request.prompt_token_ids = frames[1].cast("i").tolist()
         engine = self._engine
         try:
             item = engine.preprocess_add_request(request)

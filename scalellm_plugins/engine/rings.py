@@ -18,7 +18,7 @@ from typing import Any
 
 from scalellm_plugins.errors import ScaleLLMError
 from scalellm_plugins.ipc import peers
-from scalellm_plugins.ipc.channel import Channel
+from scalellm_plugins.ipc.channel import BESIDE_BYTES, Channel
 
 from .inbox import Inbox
 from .outbox import Frontend, Outbox
@@ -89,7 +89,7 @@ class Rings:
 
     def _accept(self, listener: socket.socket, client_index: int) -> None:
         peer = peers.accept(listener, client_index, self._index)
-        frontend = Frontend(Channel(peer), self._index, self._encoder().encode)
+        frontend = Frontend(Channel(peer, BESIDE_BYTES), self._index, self._encoder().encode)
         gone = partial(self._gone, frontend)
         self._on(peer.pidfd, select.EPOLLIN, gone)
         # Its process may live on without it. Segments' descriptors come this way, too: no EPOLLIN.

@@ -3,6 +3,10 @@
 A message is a record of the ring, or, where it is large, a memory segment of its own whose
 descriptor crosses the peers' socket while its record keeps its place in the order. The reader maps
 it: nothing is copied, and it lives as long as somebody holds a view of it.
+
+Up to a few megabytes the pages of a new segment cost more than two copies (1 MB: 0.9 ms, ZMQ 0.4).
+Such a message lies beside the ring, in memory that both sides keep mapped, until its record is
+released; a second one meanwhile gets a segment.
 """
 
 from __future__ import annotations
@@ -25,8 +29,15 @@ SEGMENT = 0x8000
 number (u64 both) that its descriptor carries. A sender that was interrupted between passing the
 descriptor and publishing the record leaves one that nobody asks for."""
 
-MAX_KIND = SEGMENT - 2
-"""One more is the ring's filler."""
+BESIDE = 0x4000
+"""Flag of a record's kind: the payload is the size of the message beside the ring, the number of
+that memory's descriptor, which comes before its first message, and its size (u64 each)."""
+
+MAX_KIND = BESIDE - 1
+"""The ring's filler has every bit."""
+
+BESIDE_BYTES = 4 << 20
+"""Of the memory beside a ring, from the first message that goes there."""
 
 MOST_SEGMENTS = 64
 """Segments under way at a time: their descriptors wait in a socket's queue."""
@@ -36,6 +47,7 @@ _ALIGNMENT = 64
 
 _WORD = struct.Struct("<Q")
 _PLACE = struct.Struct("<QQ")
+_BESIDE_PLACE = struct.Struct("<QQQ")
 
 Buffer = Any
 """bytes, bytearray, memoryview, array: anything with the buffer protocol, contiguous."""
@@ -57,12 +69,17 @@ class Channel:
     """One end of a connection to a peer. Not thread-safe, except that one thread may send while
     another receives. Owns the peer from the beginning.
 
+    Args:
+        peer: whom it connects to.
+        beside: bytes of memory beside the ring, for messages from here that do not fit into it; 0:
+            each has a segment.
+
     Raises:
         RingCorrupted: the shared memory was used before.
         OSError: no address space or descriptor. The peer is closed then.
     """
 
-    def __init__(self, peer: peers.Peer) -> None:
+    def __init__(self, peer: peers.Peer, beside: int = 0) -> None:
         self.peer = peer
         self.dead = False
         """Set by whoever watches `peer.pidfd`."""
@@ -84,6 +101,13 @@ class Channel:
         """Where the records of segments under way end."""
         self._passed = 0
         """Number of the last descriptor."""
+        self._most_beside = beside
+        self._own: tuple[mmap.mmap, int] | None = None
+        """Memory beside the ring for what is sent, and the number of its descriptor."""
+        self._own_until = 0
+        """It is free when the peer has released up to here."""
+        self._theirs: tuple[mmap.mmap, int] | None = None
+        """The same for what is received."""
 
     @property
     def backlog(self) -> int:
@@ -128,6 +152,8 @@ class Channel:
         sizes = [memoryview(frame).nbytes for frame in frames]
         total, places = _layout(sizes)
         if total > self.large:
+            if total <= self._most_beside and self._own_until <= self.producer.released:
+                return self._send_beside(kind, frames, sizes, total, places)
             return self._send_segment(kind, frames, sizes, total, places)
         view = self.producer.reserve(total)
         if view is None:
@@ -136,9 +162,42 @@ class Channel:
         self.producer.publish(kind)
         return True
 
+    def _send_beside(
+        self, kind: int, frames: Sequence[Buffer], sizes: list[int], total: int, places: list[int]
+    ) -> bool:
+        own = self._own
+        if own is None:
+            try:
+                own = self._own = self._new_beside()
+            except (BrokenPipeError, ConnectionResetError):
+                return True  # nobody is there to read it
+            if own is None:
+                return False
+        record = self.producer.reserve(_BESIDE_PLACE.size)
+        if record is None:
+            return False
+        mapped, number = own
+        with memoryview(mapped) as view:
+            _fill(view, frames, sizes, places)
+        _BESIDE_PLACE.pack_into(record, 0, total, number, len(mapped))
+        self.producer.publish(kind | BESIDE)
+        self._own_until = self.producer.position
+        return True
+
+    def _new_beside(self) -> tuple[mmap.mmap, int] | None:
+        """Make the memory beside the ring; None where its descriptor cannot be passed now."""
+        fd = memory.create(self._most_beside, "scalellm-beside")
+        try:
+            mapped = memory.attach(fd, self._most_beside)
+            return (mapped, self._passed) if self._pass(fd) else None
+        finally:
+            os.close(fd)
+
     def _send_segment(
         self, kind: int, frames: Sequence[Buffer], sizes: list[int], total: int, places: list[int]
     ) -> bool:
+        if not self._own_until:
+            self._own = None  # its descriptor has passed without a message: it would be skipped
         if len(self._segments) >= MOST_SEGMENTS and not self._fewer_segments():
             return False
         view = self.producer.reserve(_PLACE.size)
@@ -194,19 +253,30 @@ class Channel:
         record = self.consumer.read()
         if record is None:
             return None
-        if not record.kind & SEGMENT:
+        if record.kind <= MAX_KIND:
             return Message(record.kind, record.data, True)
-        kind = record.kind & ~SEGMENT
+        kind = record.kind & MAX_KIND
         try:
-            mapped = self._map(record.data)
+            if record.kind & BESIDE:
+                return Message(kind, self._beside(record.data), True)
+            mapped = self._map(*_PLACE.unpack(record.data))
         except (struct.error, OSError, memory.SegmentError) as error:
             raise MessageCorrupted(
                 f"segment of a message of kind {kind}, record that ends at {record.end}: {error}"
             ) from None
         return Message(kind, memoryview(mapped), False)
 
-    def _map(self, record: memoryview) -> mmap.mmap:
-        size, number = _PLACE.unpack(record)
+    def _beside(self, record: memoryview) -> memoryview:
+        """Return the message beside the ring."""
+        total, number, size = _BESIDE_PLACE.unpack(record)
+        if self._theirs is None or self._theirs[1] != number:
+            self._theirs = (self._map(size, number), number)
+        mapped = self._theirs[0]
+        if total > len(mapped):
+            raise OSError(f"{total} bytes in memory of {len(mapped)}")
+        return memoryview(mapped)[:total]
+
+    def _map(self, size: int, number: int) -> mmap.mmap:
         while True:
             said, fds = self._next_descriptor()
             try:
@@ -235,6 +305,7 @@ class Channel:
     def close(self) -> None:
         """Let go of everything; the peer notices by this end's socket or process."""
         self._backlog.clear()
+        self._own = self._theirs = None
         self.producer.close()
         self.consumer.close()
         self.peer.close()

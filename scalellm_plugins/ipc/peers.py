@@ -26,7 +26,7 @@ from scalellm_plugins.errors import ScaleLLMError
 
 from . import memory, ring
 
-VERSION = 1
+VERSION = 2
 """Of everything that crosses: handshake, layout, messages. Both ends run the same package, but an
 engine may outlive the upgrade of the files under it."""
 

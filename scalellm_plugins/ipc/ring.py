@@ -215,8 +215,11 @@ class Producer(_Side):
 
     @property
     def released(self) -> int:
-        """The position up to which the consumer has released."""
-        return self._words[_HEAD]
+        """The position up to which the consumer has released, and reads nothing any more."""
+        head = self._words[_HEAD]
+        if WEAK:
+            self._fence()
+        return head
 
     @property
     def position(self) -> int:

@@ -1,11 +1,11 @@
-"""Answers of the fast lane in one piece; see answers.py for what all have in common."""
+"""An answer in one piece: a JSON document, made and written when the last token is there."""
 
 from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING, Any
 
-from .answers import Answer, ending
+from .answers import Answer, ending_of
 from .detokenize import escape
 from .templates import TEXT
 from .timing import server_timing
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 class WholeAnswer(Answer):
     """One JSON document at the end. Text is made once, when the last token is there."""
+
+    __slots__ = ("body", "dropped", "template", "token_ids")
 
     def __init__(
         self, lane: Lane, connection: FastLaneProtocol, cycle: Any, ask: Ask, template: Template
@@ -62,7 +64,7 @@ class WholeAnswer(Answer):
             )
         values = {**self._identity(), **self.counts(self.num_tokens)}
         values[TEXT] = escape(text)
-        values |= ending(reason, stop_reason)
+        values |= ending_of(reason, stop_reason)
         self.body = self.template.render(values)
         self.over = True  # not before: should this fail, there is still an error to answer with
 
@@ -72,9 +74,9 @@ class WholeAnswer(Answer):
         if self.body is not None and not self.paused and not self.cycle.disconnected:
             body, self.body = self.body, None
             self.clock.done = time.monotonic()
-            stages = self.lane.stages_of(self)
-            if stages is not None:
-                self.extra_headers.append(server_timing(stages))
+            self.stages = self.lane.stages_of(self)
+            if self.stages is not None:
+                self.extra_headers.append(server_timing(self.stages))
             self._respond(200, body)
 
     def fail(self, error: Exception) -> None:
