@@ -130,7 +130,9 @@ def _check_index(
     for shard, tensors in shards.items():
         for tensor in tensors:
             if listed.get(tensor) != shard:
-                raise CheckpointError(f"{folder / shard} holds {tensor}, which {INDEX} does not say")
+                raise CheckpointError(
+                    f"{folder / shard} holds {tensor}, which {INDEX} does not say"
+                )
 
 
 def _check_layers(checkpoint: Checkpoint) -> None:
@@ -141,7 +143,9 @@ def _check_layers(checkpoint: Checkpoint) -> None:
             name = f"model.layers.{layer}.{module}.weight"
             spec = tensors.get(name)
             if spec is None:
-                raise CheckpointError(f"{checkpoint.folder} lacks {name}, which its config promises")
+                raise CheckpointError(
+                    f"{checkpoint.folder} lacks {name}, which its config promises"
+                )
             if len(spec.shape) != 2 or spec.dtype not in FLOATS:
                 raise CheckpointError(
                     f"{name} is {spec.dtype} of shape {list(spec.shape)}: a matrix in "

@@ -11,7 +11,7 @@ from .recipe import CHANNEL, GROUP_SIZES, SCHEMES, Recipe
 
 ABOUT = """\
 Write a smaller copy of a model that any server loads, without this package: fewer layers, narrower
-MLPs, integer weights (compressed-tensors). Prints what it cost; OUT/compression.json has the details.
+MLPs, integer weights (compressed-tensors). Prints what it cost; OUT/compression.json says more.
 A run that was cut off goes on when the same command is given again; OUT appears when it is whole.
 Exit code: 0 OUT is there, 2 refused."""
 

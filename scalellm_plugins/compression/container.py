@@ -53,7 +53,9 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or not 2 <= length <= min(LARGEST_HEADER, size - 8):
-                raise CheckpointError(f"{path} ({size} bytes) is cut short or is no safetensors file")
+                raise CheckpointError(
+                    f"{path} ({size} bytes) is cut short or is no safetensors file"
+                )
             entries = json.loads(file.read(length))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
@@ -71,7 +73,9 @@ def _specs(path: Path, entries: Any, body: int) -> dict[str, TensorSpec]:
             if spec.dtype not in ITEM_BYTES:
                 raise CheckpointError(f"{path}: {name} has the unknown dtype {spec.dtype}")
             if entry["data_offsets"] != [end, end + spec.nbytes]:
-                raise CheckpointError(f"{path}: the header's offsets of {name} do not fit its shape")
+                raise CheckpointError(
+                    f"{path}: the header's offsets of {name} do not fit its shape"
+                )
             end += spec.nbytes
             found[name] = spec
     except (AttributeError, KeyError, TypeError) as error:
@@ -141,4 +145,6 @@ def _layout(specs: Iterable[TensorSpec]) -> tuple[Mapping[str, int], bytes]:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    return {name: start + at for name, at in offsets.items()}, len(text).to_bytes(8, "little") + text
+    return {name: start + at for name, at in offsets.items()}, len(text).to_bytes(
+        8, "little"
+    ) + text

@@ -84,7 +84,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     Raises:
         CheckpointError: the architecture is not in the table, or the model is quantized already.
     """
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "an unnamed method")
         raise CheckpointError(

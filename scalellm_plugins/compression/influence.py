@@ -36,18 +36,19 @@ def select(model: Any, rows: Sequence[Row], drop_layers: int, keep_channels: int
         keep_channels: how many channels of each MLP stay.
     """
     layers = model.model.layers
-    influence = block_influence(model, rows) if drop_layers else []
-    dropped = set(sorted(range(len(layers)), key=lambda i: influence[i])[:drop_layers])
+    influence = block_influence(model, rows) if drop_layers else [0.0] * len(layers)
+    measured = tuple(influence) if drop_layers else ()
+    dropped = set(sorted(range(len(layers)), key=influence.__getitem__)[:drop_layers])
     kept = tuple(i for i in range(len(layers)) if i not in dropped)
     model.model.layers = torch.nn.ModuleList(layers[i] for i in kept)
     if keep_channels == model.config.intermediate_size:
-        return Selection(kept, {}, tuple(influence))
+        return Selection(kept, {}, measured)
     channels, shares = {}, {}
     for layer, importance in zip(kept, channel_importance(model, rows), strict=True):
         best = importance.topk(keep_channels).indices.sort().values
         channels[layer] = tuple(best.tolist())
         shares[layer] = float(importance[best].sum() / importance.sum())
-    return Selection(kept, channels, tuple(influence), shares)
+    return Selection(kept, channels, measured, shares)
 
 
 def block_influence(model: Any, rows: Sequence[Row]) -> list[float]:
@@ -88,7 +89,7 @@ def channel_importance(model: Any, rows: Sequence[Row]) -> list[Tensor]:
         for ids, mask in _tracked(rows, "channel importance"):
             model.model(input_ids=ids, attention_mask=mask, use_cache=False)
     return [
-        square.sqrt() * down.weight.double().norm(dim=0)
+        square.sqrt() * down.weight.detach().double().norm(dim=0)
         for square, down in zip(squares, downs, strict=True)
     ]
 

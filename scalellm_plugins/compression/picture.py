@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 
 mpl.use("Agg")
-from matplotlib import pyplot  # noqa: E402 - the backend must be chosen before
+from matplotlib import pyplot
 
 if TYPE_CHECKING:
     from .report import Report

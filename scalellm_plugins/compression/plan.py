@@ -148,8 +148,8 @@ def quantized_specs(recipe: Recipe, spec: TensorSpec) -> tuple[TensorSpec, ...]:
     packed = not scheme.activations
     if inputs % size or (packed and (inputs % per_word or outputs % per_word)):
         raise ConfigError(
-            f"{spec.name} has {inputs} inputs and {outputs} outputs: --scheme {recipe.scheme} needs "
-            f"multiples of {max(size if size != inputs else 1, per_word if packed else 1)}. "
+            f"{spec.name} has {inputs} inputs and {outputs} outputs: --scheme {recipe.scheme} "
+            f"needs multiples of {max(size if size != inputs else 1, per_word if packed else 1)}. "
             "Take a smaller --group-size, or leave the layer alone with --ignore."
         )
     module = spec.name.removesuffix(".weight")
@@ -185,9 +185,7 @@ def ignored_modules(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
                 f"--ignore {pattern}: no linear layer has such a name; "
                 f"they look like {min(names.values())}"
             )
-    found = {
-        key for key, name in names.items() if any(fnmatchcase(name, p) for p in recipe.ignore)
-    }
+    found = {key for key, name in names.items() if any(fnmatchcase(name, p) for p in recipe.ignore)}
     for layer in range(checkpoint.layers):
         for group in family.fused:
             inside = [(layer, module) in found for module in group]

@@ -73,7 +73,7 @@ def check(recipe: Recipe) -> Recipe:
             f"nothing to do: give --scheme ({', '.join(SCHEMES)}), --drop-layers or --prune-ffn"
         )
     if recipe.drop_layers < 0:
-        raise ConfigError(f"--drop-layers {recipe.drop_layers}: it is a number of layers, 0 or more")
+        raise ConfigError(f"--drop-layers {recipe.drop_layers}: a number of layers, 0 or more")
     if not 0.0 <= recipe.prune_ffn < 1.0:
         raise ConfigError(f"--prune-ffn {recipe.prune_ffn}: it is a share, 0 ≤ R < 1, such as 0.25")
     if recipe.selects and not recipe.text:

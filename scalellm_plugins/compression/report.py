@@ -75,7 +75,8 @@ def save(report: Report, folder: Path) -> None:
 def table(report: Report) -> str:
     """The report for people."""
     rows = [("", "before", "after", "")]
-    rows.append(_row("weights, MB", *(size / 1e6 for size in report.bytes), "{:,.2f}"))
+    before, after = (size / 1e6 for size in report.bytes)
+    rows.append(_row("weights, MB", before, after, "{:,.2f}"))
     if report.layers[0] != report.layers[1]:
         note = "without " + ", ".join(map(str, report.dropped_layers))
         rows.append((*_row("layers", *report.layers, "{:d}")[:3], note))

@@ -166,7 +166,7 @@ def find_model(model: str) -> Path:
 
         return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
     except Exception as error:  # many kinds: no such model, no network, no right to it
-        raise CheckpointError(f"{model} is no folder, and the hub does not give it: {error}") from None
+        raise CheckpointError(f"{model} is no folder, and not on the hub: {error}") from None
 
 
 def _versions() -> dict[str, str]:

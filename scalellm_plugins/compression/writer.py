@@ -99,10 +99,15 @@ def write_rest(
             shutil.copyfile(path, folder / path.name)
     write_whole(folder / "config.json", _json(config))
     if list(plan) != [SINGLE]:
-        outputs = {shard: [s for step in steps for s in step.outputs] for shard, steps in plan.items()}
+        written = [
+            (spec, shard)
+            for shard, steps in plan.items()
+            for step in steps
+            for spec in step.outputs
+        ]
         index = {
-            "metadata": {"total_size": sum(s.nbytes for specs in outputs.values() for s in specs)},
-            "weight_map": {s.name: shard for shard, specs in outputs.items() for s in specs},
+            "metadata": {"total_size": sum(spec.nbytes for spec, _ in written)},
+            "weight_map": {spec.name: shard for spec, shard in written},
         }
         write_whole(folder / INDEX, _json(index))
 
