@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as arrays
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
+from scalellm_plugins.compression.calibration import load  # noqa: E402
 from scalellm_plugins.compression.checkpoint import open_checkpoint  # noqa: E402
 from scalellm_plugins.compression.container import TensorSpec, Writer, read_header  # noqa: E402
 from scalellm_plugins.compression.plan import Selection, kept_channels, new_config, steps  # noqa: E402
@@ -20,7 +21,7 @@ from scalellm_plugins.compression.quantize import pack, quantize, unpack  # noqa
 from scalellm_plugins.compression.recipe import CHANNEL, Recipe, check, differences  # noqa: E402
 from scalellm_plugins.errors import ConfigError  # noqa: E402
 
-from .compression_parts import DEMO  # noqa: E402
+from .compression_parts import DEMO, write_text  # noqa: E402
 
 BITS = st.sampled_from((4, 8))
 
@@ -183,3 +184,27 @@ def test_patterns_that_vllm_could_not_follow(pattern: str, said: str) -> None:
 
 def test_differences_name_the_options() -> None:
     assert differences(Recipe("int4"), Recipe("int8")) == ["--scheme: 'int4' then, 'int8' now"]
+
+
+def test_quality_is_measured_on_what_the_assistant_says(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO)
+    text = load(write_text(tmp_path / "text.jsonl"), tokenizer, 1000)
+    row = text.held_out[0]
+    scored = [i for i, judged in zip(row.ids, row.scored, strict=True) if judged]
+    assert tokenizer.decode(scored) == "1 + 5 = 6.<|end|>"
+    chosen = {tuple(row.ids) for row in text.chosen_by}
+    assert not chosen & {tuple(row.ids) for row in text.held_out}
+
+
+def test_plain_text_is_cut_in_windows_and_all_of_it_counts(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO)
+    path = tmp_path / "text.txt"
+    path.write_text("What is the capital of France? " * 200)
+    text = load(path, tokenizer, 600)
+    assert all(all(row.scored) for row in text.held_out)
+    assert 600 <= sum(map(len, text.chosen_by)) < 600 + 512
+    path.write_text("too short")
+    with pytest.raises(ConfigError, match="too few"):
+        load(path, tokenizer, 600)

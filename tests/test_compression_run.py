@@ -111,6 +111,7 @@ def test_dropped_layers_and_cut_channels(tmp_path: Path) -> None:
     assert (after.config.num_hidden_layers, after.config.intermediate_size) == (3, 384)
     assert after.lm_head.weight is after.model.embed_tokens.weight
     assert report["quality"]["kl"] > 0
+    assert report["quality"]["perplexity"][0] < 1.5, "what the model was taught to say"
     assert len(report["speed"]["rounds"][0]) == 5
 
     before = loaded(DEMO)

@@ -21,11 +21,23 @@ WINDOW = 512
 HELD_OUT_EVERY = 5
 FEWEST_ROWS = 10
 
-Row = list[int]
+
+class Row(msgspec.Struct, frozen=True):
+    """Token ids, and which of them quality is measured on.
+
+    In conversations those are what the assistant says: a chat model was never taught to say what
+    users do, and the less it is trained on that, the more a worse model may look better there.
+    """
+
+    ids: list[int]
+    scored: list[bool]
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 class Text(msgspec.Struct, frozen=True):
-    """Token ids. Rows are independent documents, or windows of one text."""
+    """Rows are independent documents, or windows of one text."""
 
     chosen_by: list[Row]
     held_out: list[Row]
@@ -68,8 +80,8 @@ def load(path: Path, tokenizer: Any, tokens: int) -> Text:
 def _rows(path: Path, tokenizer: Any) -> Iterator[Row]:
     text = path.read_text(errors="replace")
     if path.suffix != ".jsonl":
-        ids = tokenizer(text)["input_ids"]
-        yield from _windows(ids, max(64, min(WINDOW, len(ids) // FEWEST_ROWS)))
+        row = _plain(text, tokenizer)
+        yield from _windows(row, max(64, min(WINDOW, len(row) // FEWEST_ROWS)))
         return
     for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
         try:
@@ -80,16 +92,47 @@ def _rows(path: Path, tokenizer: Any) -> Iterator[Row]:
 
 def _document(document: Any, tokenizer: Any) -> Row:
     if "messages" not in document:
-        return list(tokenizer(document["text"])["input_ids"])
-    text = tokenizer.apply_chat_template(document["messages"], tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return _plain(document["text"], tokenizer)
+    messages = document["messages"]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    said = _said(messages, text, tokenizer)
+    if not said or not tokenizer.is_fast:
+        return _plain(text, tokenizer, add_special_tokens=False)
+    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    scored = [
+        any(first <= start and end <= last for first, last in said)
+        for start, end in made["offset_mapping"]
+    ]
+    return Row(list(made["input_ids"]), scored)
 
 
-def _windows(ids: Sequence[int], size: int) -> Iterator[Row]:
-    for start in range(0, len(ids), size):
-        row = list(ids[start : start + size])
-        if len(row) > 1:  # nothing is predicted in a row of one token
-            yield row
+def _plain(text: str, tokenizer: Any, **options: Any) -> Row:
+    ids = list(tokenizer(text, **options)["input_ids"])
+    return Row(ids, [True] * len(ids))
+
+
+def _said(messages: Sequence[Any], text: str, tokenizer: Any) -> list[tuple[int, int]]:
+    """Where in `text` the assistant's words are; nothing where the template does not say so."""
+    spans = []
+    for place, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(
+            messages[:place], tokenize=False, add_generation_prompt=True
+        )
+        after = tokenizer.apply_chat_template(messages[: place + 1], tokenize=False)
+        if not (text.startswith(after) and after.startswith(before)):
+            return []  # a template that changes what came earlier
+        spans.append((len(before), len(after)))
+    return spans
+
+
+def _windows(row: Row, size: int) -> Iterator[Row]:
+    for start in range(0, len(row), size):
+        part = slice(start, start + size)
+        window = Row(row.ids[part], row.scored[part])
+        if len(window) > 1:  # nothing is predicted in a row of one token
+            yield window
 
 
 def _first(rows: Sequence[Row], tokens: int) -> list[Row]:

@@ -67,7 +67,7 @@ def block_influence(model: Any, rows: Sequence[Row]) -> list[float]:
 
     hooks = [layer.register_forward_hook(watch(i)) for i, layer in enumerate(layers)]
     with _watching(hooks):
-        for ids, mask in _tracked(rows, "block influence"):
+        for ids, mask, _ in _tracked(rows, "block influence"):
             model.model(input_ids=ids, attention_mask=mask, use_cache=False)
             count += int(mask.sum())
     return [float(value) for value in turned / count]
@@ -86,7 +86,7 @@ def channel_importance(model: Any, rows: Sequence[Row]) -> list[Tensor]:
 
     hooks = [down.register_forward_pre_hook(watch(i)) for i, down in enumerate(downs)]
     with _watching(hooks):
-        for ids, mask in _tracked(rows, "channel importance"):
+        for ids, mask, _ in _tracked(rows, "channel importance"):
             model.model(input_ids=ids, attention_mask=mask, use_cache=False)
     return [
         square.sqrt() * down.weight.detach().double().norm(dim=0)
@@ -94,7 +94,7 @@ def channel_importance(model: Any, rows: Sequence[Row]) -> list[Tensor]:
     ]
 
 
-def _tracked(rows: Sequence[Row], title: str) -> Iterator[tuple[Tensor, Tensor]]:
+def _tracked(rows: Sequence[Row], title: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     return track(batches(rows), len(grouped(rows)), title)
 
 

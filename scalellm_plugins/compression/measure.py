@@ -23,7 +23,7 @@ DECODED = 64
 
 
 class Quality(msgspec.Struct, frozen=True):
-    """Of the next token, over all positions of the held-out text.
+    """Of the next token, over the held-out text: all of it, or what the assistant says.
 
     Attributes:
         tokens: positions.
@@ -48,13 +48,13 @@ class Speed(msgspec.Struct, frozen=True):
 
 
 def quality(before: Any, after: Any, rows: Sequence[Row]) -> Quality:
-    """Compare two causal LMs of one vocabulary."""
+    """Compare two causal LMs of one vocabulary; rows must have something that is scored."""
     losses, divergence, agreed, count = [0.0, 0.0], 0.0, 0, 0
     with torch.inference_mode():
-        for ids, mask in track(batches(rows), len(grouped(rows)), "quality"):
-            wanted, learned = ids[:, 1:], mask[:, 1:].bool()
-            old, new = (_log_probabilities(m, ids, mask, learned) for m in (before, after))
-            targets = wanted[learned]
+        for ids, mask, scored in track(batches(rows), len(grouped(rows)), "quality"):
+            judged = scored[:, 1:]
+            old, new = (_log_probabilities(m, ids, mask, judged) for m in (before, after))
+            targets = ids[:, 1:][judged]
             for place, scores in enumerate((old, new)):
                 losses[place] += float(functional.nll_loss(scores, targets, reduction="sum"))
             divergence += float(functional.kl_div(new, old, reduction="sum", log_target=True))
@@ -64,15 +64,15 @@ def quality(before: Any, after: Any, rows: Sequence[Row]) -> Quality:
     return Quality(count, perplexities, divergence / count, agreed / count)
 
 
-def _log_probabilities(model: Any, ids: Tensor, mask: Tensor, learned: Tensor) -> Tensor:
+def _log_probabilities(model: Any, ids: Tensor, mask: Tensor, judged: Tensor) -> Tensor:
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-    return torch.log_softmax(logits[learned].float(), -1)
+    return torch.log_softmax(logits[judged].float(), -1)
 
 
-def speed(before: Any, after: Any, prompt: Row) -> Speed:
+def speed(before: Any, after: Any, prompt: Sequence[int]) -> Speed:
     """Time both in turns, so that what else the machine does meets both."""
     rounds: tuple[list[float], list[float]] = ([], [])
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([list(prompt)])
     for number in range(ROUNDS + 1):
         for model, rates in zip((before, after), rounds, strict=True):
             rate = _decode(model, ids)

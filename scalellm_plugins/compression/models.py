@@ -31,8 +31,9 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def batches(rows: Sequence[Row]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(token ids, mask) of batches, (rows, tokens) each; the mask is 1 where there is a token.
+def batches(rows: Sequence[Row]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(token ids, mask, scored) of batches, (rows, tokens) each; the mask is 1 where there is a
+    token, and `scored` is true where quality is measured.
 
     Rows are padded on the right, which a causal model does not see.
     """
@@ -40,10 +41,12 @@ def batches(rows: Sequence[Row]) -> Iterator[tuple[Tensor, Tensor]]:
         width = len(chosen[-1])
         ids = torch.zeros(len(chosen), width, dtype=torch.int64)
         mask = torch.zeros_like(ids)
+        scored = torch.zeros_like(ids, dtype=torch.bool)
         for place, row in enumerate(chosen):
-            ids[place, : len(row)] = torch.tensor(row)
+            ids[place, : len(row)] = torch.tensor(row.ids)
             mask[place, : len(row)] = 1
-        yield ids, mask
+            scored[place, : len(row)] = torch.tensor(row.scored)
+        yield ids, mask, scored
 
 
 def grouped(rows: Sequence[Row]) -> list[list[Row]]:

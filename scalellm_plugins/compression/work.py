@@ -143,12 +143,12 @@ def _measure(
         reason = f"transformers cannot load it: {error}"
         return {"quality_skipped": reason, "speed_skipped": reason}
     found: dict[str, Any] = {"quality": measure.quality(before, after, text.held_out)}
-    if not recipe.selects:
+    if recipe.scheme:
         reason = "transformers decompresses integers; measure in vLLM"
         return found | {"speed_skipped": reason}
     # Of middle length: the first rows may all be short.
     prompt = sorted(text.held_out, key=len)[len(text.held_out) // 2]
-    return found | {"speed": measure.speed(before, after, prompt)}
+    return found | {"speed": measure.speed(before, after, prompt.ids)}
 
 
 def find_model(model: str) -> Path:
