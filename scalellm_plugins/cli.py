@@ -86,27 +86,32 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--strict", action="store_true", help="broken seams of planned features fail, too"
     )
+    _add_tenants(commands)
+    command.add_arguments(
+        commands.add_parser(
+            "compress",
+            help="make a model smaller: integers, fewer layers, narrower MLPs",
+            description=command.ABOUT,
+            epilog=command.EXAMPLES,
+            formatter_class=raw,
+        )
+    )
+    # Only for the help; `main` never lets argparse see the arguments after it.
+    commands.add_parser("bench", help="measure vLLM with and without the plugins", add_help=False)
+    return parser
+
+
+def _add_tenants(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     tenants = commands.add_parser(
         "tenants",
         help="hash an API key, check a tenants file",
         description=_TENANTS,
         epilog=_TENANTS_EXAMPLES,
-        formatter_class=raw,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = tenants.add_subparsers(dest="action", metavar="ACTION", required=True)
     actions.add_parser("hash", help="read a key from standard input, print its SHA-256")
     actions.add_parser("check", help="read a file and list its tenants").add_argument("file")
-    compress = commands.add_parser(
-        "compress",
-        help="make a model smaller: integers, fewer layers, narrower MLPs",
-        description=command.ABOUT,
-        epilog=command.EXAMPLES,
-        formatter_class=raw,
-    )
-    command.add_arguments(compress)
-    # Only for the help; `main` never lets argparse see the arguments after it.
-    commands.add_parser("bench", help="measure vLLM with and without the plugins", add_help=False)
-    return parser
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

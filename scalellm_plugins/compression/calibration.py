@@ -73,6 +73,8 @@ def load(path: Path, tokenizer: Any, tokens: int) -> Text:
             f"at least {FEWEST_ROWS} documents, or {FEWEST_ROWS * 64} tokens of text, are needed"
         )
     held_out = rows[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+    if not any(any(row.scored[1:]) for row in held_out):
+        raise ConfigError(f"--calibration {path}: in no held-out conversation the assistant speaks")
     others = [row for place, row in enumerate(rows, 1) if place % HELD_OUT_EVERY]
     return Text(_first(others, tokens), _first(held_out, max(tokens // 4, 1)))
 

@@ -29,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("model", metavar="MODEL", help="folder, or name on the Hugging Face hub")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to make; must not exist")
+    _add_schemes(parser)
+    _add_pruning(parser)
+    _add_text(parser)
+
+
+def _add_schemes(parser: argparse.ArgumentParser) -> None:
     schemes = parser.add_argument_group("integer weights")
     schemes.add_argument(
         "--scheme",
@@ -55,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="linear layers that keep their dtype, such as '*.down_proj'; may be repeated. lm_head "
         "and the embedding always do",
     )
+
+
+def _add_pruning(parser: argparse.ArgumentParser) -> None:
     pruning = parser.add_argument_group("fewer weights (both need --calibration)")
     pruning.add_argument(
         "--drop-layers",
@@ -71,6 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cut the share R of every MLP's channels, those that add the least; what stays is a "
         "multiple of 64",
     )
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("calibration and report")
     text.add_argument(
         "--calibration",

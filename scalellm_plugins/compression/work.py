@@ -100,9 +100,11 @@ def _run(checkpoint: Checkpoint, recipe: Recipe, job: Job, work: Journal) -> rep
     writer.write_shards(checkpoint, recipe, steps, work)
     config = plan.new_config(checkpoint, recipe, selection)
     writer.write_rest(checkpoint, config, steps, work.folder)
-    measured = _measure(checkpoint, recipe, text if job.measure else None, work)
-    if not job.measure:
-        measured = dict.fromkeys(measured, "--no-measure")
+    if job.measure and text is not None:
+        measured = _measure(checkpoint, recipe, text, work)
+    else:
+        reason = "no --calibration text to measure with" if job.measure else "--no-measure"
+        measured = {"quality_skipped": reason, "speed_skipped": reason}
     found = report.make(checkpoint, recipe, selection, steps, versions=_versions(), **measured)
     report.save(found, work.folder)
     return found
@@ -128,13 +130,8 @@ def _select(checkpoint: Checkpoint, recipe: Recipe, text: Text | None) -> Select
     return influence.select(model, text.chosen_by, recipe.drop_layers, kept)
 
 
-def _measure(
-    checkpoint: Checkpoint, recipe: Recipe, text: Text | None, work: Journal
-) -> dict[str, Any]:
+def _measure(checkpoint: Checkpoint, recipe: Recipe, text: Text, work: Journal) -> dict[str, Any]:
     """The report's fields about quality and speed."""
-    if text is None:
-        reason = "no --calibration text to measure with"
-        return {"quality_skipped": reason, "speed_skipped": reason}
     from . import measure, models
 
     try:
