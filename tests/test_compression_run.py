@@ -255,6 +255,29 @@ def test_damage_is_named_before_anything_is_written(
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_layers_that_differ_by_number_are_not_dropped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, text = copy_of_demo(tmp_path / "model"), write_text(tmp_path / "text.jsonl")
+    config = json.loads((source / "config.json").read_text()) | {"no_rope_layer_interval": 4}
+    (source / "config.json").write_text(json.dumps(config))
+    options = ("--drop-layers", 1, "--calibration", text)
+    assert "list no_rope_layers" in refusal(capsys, source, tmp_path / "out", *options)
+    config |= {"no_rope_layers": [1, 1, 1, 0, 1]}
+    (source / "config.json").write_text(json.dumps(config))
+    assert compress(source, tmp_path / "out", *options, "--no-measure") == 0
+    made = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert len(made["no_rope_layers"]) == 4
+
+
+@pytest.mark.parametrize("model", ["no/such/folder", "./nothing", "config.json"])
+def test_a_model_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    said = refusal(capsys, model, tmp_path / "out", "--scheme", "int4")
+    assert f"{model} is no folder" in said
+
+
 def test_a_weight_that_is_no_number_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,6 +64,11 @@ FAMILIES: Mapping[str, Family] = {
 """model_type of config.json → family. Each is loaded again by transformers in the tests."""
 
 
+BY_NUMBER = {"use_sliding_window": "layer_types", "no_rope_layer_interval": "no_rope_layers"}
+"""Keys by which layers differ → the list that says which. Without it a layer's number does, and
+that is what changes when others are dropped."""
+
+
 class Place(msgspec.Struct, frozen=True):
     """Where a tensor belongs: `module` of decoder layer `layer` ("mlp.up_proj"), weight or bias."""
 
@@ -97,3 +102,18 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f"{', '.join(sorted(FAMILIES))}. A mixture of experts is not, either."
         )
     return FAMILIES[kind]
+
+
+def check_droppable(config: Mapping[str, Any]) -> None:
+    """Refuse to drop layers of a model whose layers are told apart by their numbers.
+
+    Raises:
+        CheckpointError: it is one, and config.json has no list of them.
+    """
+    for key, listed in BY_NUMBER.items():
+        if config.get(key) and not isinstance(config.get(listed), list):
+            raise CheckpointError(
+                f"--drop-layers would renumber layers that {key} tells apart by number: write "
+                f"the list {listed} into config.json first (loading and saving with a recent "
+                "transformers does)"
+            )

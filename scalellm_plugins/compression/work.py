@@ -15,6 +15,7 @@ from scalellm_plugins.errors import CheckpointError, ConfigError
 from . import calibration, journal, plan, report
 from .calibration import Text
 from .checkpoint import Checkpoint, open_checkpoint
+from .families import check_droppable
 from .journal import Journal
 from .plan import Selection
 from .progress import say
@@ -77,6 +78,8 @@ def _check_room(checkpoint: Checkpoint, recipe: Recipe, out: Path) -> None:
         raise ConfigError(
             f"--drop-layers {recipe.drop_layers}: the model has {checkpoint.layers} layers"
         )
+    if recipe.drop_layers:
+        check_droppable(checkpoint.config)
     kept = tuple(range(plan.kept_channels(recipe, checkpoint.channels)))
     layers = tuple(range(checkpoint.layers))
     trial = Selection(layers, dict.fromkeys(layers, kept) if recipe.prune_ffn else {})
