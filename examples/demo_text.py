@@ -11,12 +11,14 @@ The questions are drawn in `demo_questions.py` from the tables in `demo_facts.py
 downloaded. Example:
 
     python examples/demo_text.py --count 5 --seed 1
+    python examples/demo_text.py --count 2000 --jsonl > chats.jsonl  # for `scalellm compress`
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import random
 import sys
 from collections.abc import Iterator
@@ -168,8 +170,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Print conversations the demo model learns from.")
     parser.add_argument("--count", type=int, default=5, help="how many conversations (default 5)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the text (default 1)")
+    parser.add_argument("--jsonl", action="store_true", help="one conversation per line, as JSON")
     args = parser.parse_args()
     for _, messages in zip(range(args.count), training_conversations(args.seed), strict=False):
+        if args.jsonl:
+            print(json.dumps({"messages": messages}))
+            continue
         for message in messages:
             print(f"{message['role']:>9}: {message['content']}")
         print()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from scalellm_plugins import __version__
+from scalellm_plugins.compression import command
 from scalellm_plugins.errors import ConfigError, ScaleLLMError
 
 USAGE_ERROR = 2
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return USAGE_ERROR
     try:
-        return _tenants(arguments) if arguments.command == "tenants" else _doctor(arguments)
+        return _COMMANDS[arguments.command](arguments)
     except ScaleLLMError as error:
         print(f"scalellm {arguments.command}: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -87,22 +88,35 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--strict", action="store_true", help="broken seams of planned features fail, too"
     )
-    tenants = commands.add_parser(
-        "tenants",
-        help="hash an API key, check a tenants file",
-        description=_TENANTS,
-        epilog=_TENANTS_EXAMPLES,
-        formatter_class=raw,
+    _add_tenants(commands)
+    command.add_arguments(
+        commands.add_parser(
+            "compress",
+            help="make a model smaller: integers, fewer layers, narrower MLPs",
+            description=command.ABOUT,
+            epilog=command.EXAMPLES,
+            formatter_class=raw,
+        )
     )
-    actions = tenants.add_subparsers(dest="action", metavar="ACTION", required=True)
-    actions.add_parser("hash", help="read a key from standard input, print its SHA-256")
-    actions.add_parser("check", help="read a file and list its tenants").add_argument("file")
     # Only for the help; `main` never lets argparse see the arguments after these.
     commands.add_parser("bench", help="measure vLLM with and without the plugins", add_help=False)
     commands.add_parser(
         "simulate", help="compare scheduling policies in virtual time", add_help=False
     )
     return parser
+
+
+def _add_tenants(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    tenants = commands.add_parser(
+        "tenants",
+        help="hash an API key, check a tenants file",
+        description=_TENANTS,
+        epilog=_TENANTS_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = tenants.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions.add_parser("hash", help="read a key from standard input, print its SHA-256")
+    actions.add_parser("check", help="read a file and list its tenants").add_argument("file")
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -122,6 +136,13 @@ def _tenants(arguments: argparse.Namespace) -> int:
         raise ConfigError("no key on standard input, such as from `openssl rand -hex 24`")
     print(tenants.digest_of(key).hex())
     return 0
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "doctor": _doctor,
+    "tenants": _tenants,
+    "compress": command.run,
+}
 
 
 def _bench(argv: list[str]) -> int:

@@ -30,6 +30,10 @@ class ContractError(ScaleLLMError):
     """The installed vLLM does not look the way a patch needs; raised only under `strict`."""
 
 
+class CheckpointError(ScaleLLMError):
+    """A model's files are missing, damaged, contradict each other or are of an unknown kind."""
+
+
 class UnsupportedVLLMError(ScaleLLMError):
     """There is no vLLM here, or one outside the supported range."""
 
