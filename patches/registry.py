@@ -25,6 +25,7 @@ from .ipc_seams import IPC_SEAMS
 from .lane_seams import FAST_LANE
 from .live import MARK
 from .planned_seams import PLANNED
+from .quantization_seams import QUANTIZATION_SEAMS
 from .seams import READY, Entry, Seam
 from .shared_seams import WORKERS
 from .sources import Source
@@ -46,7 +47,14 @@ __all__ = [
 
 logger = logging.getLogger("vllm.scalellm")  # below "vllm": its handlers and its level
 
-SEAMS: tuple[Seam, ...] = (*READY, *FAST_LANE, *WORKERS, *IPC_SEAMS, *PLANNED)
+SEAMS: tuple[Seam, ...] = (
+    *READY,
+    *FAST_LANE,
+    *WORKERS,
+    *IPC_SEAMS,
+    *QUANTIZATION_SEAMS,
+    *PLANNED,
+)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,50 @@
+"""Which kernels this process has: by device, by instruction set, by what is registered.
+
+vLLM has three builds of its CPU ops, and loads the one for the processor: AVX512 with bf16 dot
+products (or AMX), AVX512, AVX2. The last two lack the ops for 4-bit weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from typing import Literal
+
+import torch
+
+Kind = Literal["int8", "int4"]
+
+_NEEDS: dict[Kind, tuple[str, ...]] = {
+    "int8": (
+        "create_onednn_scaled_mm_handler",
+        "release_dnnl_matmul_handler",
+        "dynamic_scaled_int8_quant",
+        "onednn_scaled_mm",
+    ),
+    "int4": ("int4_scaled_mm_cpu", "int8_scaled_mm_with_quant"),
+}
+
+
+def load_vllm_ops() -> None:
+    """Register vLLM's ops for this processor, where vLLM is installed and has not done so."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("vllm._custom_ops")
+
+
+def missing(kind: Kind, device: str = "cpu") -> str:
+    """Return why weights of this kind cannot be multiplied on a device; "" where they can."""
+    if device != "cpu":
+        return f"there are no {kind} kernels for the device {device!r} yet, only for CPUs"
+    absent = [name for name in _NEEDS[kind] if not hasattr(torch.ops._C, name)]
+    if not absent:
+        return ""
+    return f"vLLM's ops for this processor ({torch.backends.cpu.get_cpu_capability()}) lack " + (
+        ", ".join(absent)
+    )
+
+
+def fits(kind: Kind, out_features: int, in_features: int, group: int = 0) -> bool:
+    """Whether a weight [out_features, in_features] has a shape that the kernels take."""
+    if kind == "int8":
+        return out_features > 0 and in_features > 0
+    return group > 0 and group % 32 == 0 and in_features % group == 0
