@@ -5,12 +5,15 @@
 Microseconds, medians; the kernels take turns, call by call. Each has as many copies of its weight
 as make 200 MB in bf16, in rotation, so that weights come from memory as they do in a model. "bf16"
 is vLLM's own layer without quantization (oneDNN). `--all` adds the single ops that were candidates.
+`--build avx2` loads vLLM's ops for processors without AVX512, and holds torch and oneDNN to AVX2.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -38,9 +41,10 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=128, help="of 4-bit weights")
     parser.add_argument("--calls", type=int, default=15, help="of each kernel, per number of rows")
     parser.add_argument("--all", action="store_true", help="candidates, too")
+    parser.add_argument("--build", choices=("native", "avx2"), default="native")
     parser.add_argument("--output", type=Path, help="write the results there, as JSON")
     options = parser.parse_args()
-    registry.load_vllm_ops()
+    load(options.build)
     channels, width = map(int, options.shape.split("x"))
     copies = max(2, round(BYTES / (2 * channels * width)))
     made = kernels(channels, width, options.group, copies, options.all)
@@ -54,12 +58,25 @@ def main() -> None:
     if options.output:
         record = {
             "command": f"kernel_cost --shape {options.shape} --rows {options.rows} "
-            f"--group {options.group} --calls {options.calls}{' --all' if options.all else ''}",
+            f"--group {options.group} --calls {options.calls} --build {options.build}"
+            f"{' --all' if options.all else ''}",
             "threads": torch.get_num_threads(),
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "us": results,
         }
         options.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def load(build: str) -> None:
+    """Register vLLM's ops: those for this processor, or those for one that has no AVX512."""
+    if build == "native":
+        registry.load_vllm_ops()
+        return
+    os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None, "no vLLM here"
+    assert spec.origin is not None
+    torch.ops.load_library(Path(spec.origin).parent / "_C_AVX2.abi3.so")
 
 
 def measure(
@@ -82,21 +99,33 @@ def kernels(channels: int, width: int, group: int, copies: int, every: bool) -> 
     weight = torch.randn(channels, width).mul_(0.02).bfloat16()
     four = weights.to_int4(weight, group, search=False)
     eight = weights.to_int8(weight)
-    int4 = [Int4Linear(four.q, four.zeros, four.multipliers, four.steps) for _ in range(copies)]
-    int8 = [Int8Linear(eight.q, eight.scales, weight.dtype) for _ in range(copies)]
+    int8 = [registry.int8(eight.q, eight.scales, weight.dtype) for _ in range(copies)]
     made: dict[str, Multiply] = {
         "bf16": _bf16(weight, copies),
         "int8, w8a8": lambda x, i: int8[i](x),
-        "int4": lambda x, i: int4[i](x),
     }
+    if registry.missing("int4"):
+        return made
+    int4 = [Int4Linear(four.q, four.zeros, four.multipliers, four.steps) for _ in range(copies)]
+    made["int4"] = lambda x, i: int4[i](x)
     return made | (_candidates(eight, four, int4, group, copies) if every else {})
 
 
 def _bf16(weight: torch.Tensor, copies: int) -> Multiply:
-    from vllm import _custom_ops
+    ops = torch.ops._C
+    make = ops.create_onednn_mm_handler
+    try:
+        handles = [torch.tensor(make(weight.t(), 32)) for _ in range(copies)]
+    except RuntimeError:  # without AVX512: then vLLM, too, leaves it to torch
+        plain = [weight.clone() for _ in range(copies)]
+        return lambda x, i: torch.nn.functional.linear(x, plain[i])
 
-    handlers = [_custom_ops.create_onednn_mm(weight.t(), 32) for _ in range(copies)]
-    return lambda x, i: _custom_ops.onednn_mm(handlers[i], x, None)
+    def multiply(x: torch.Tensor, i: int) -> torch.Tensor:
+        y = x.new_empty((x.shape[0], weight.shape[0]))
+        ops.onednn_mm(y, x, None, handles[i])
+        return y
+
+    return multiply
 
 
 def _candidates(
@@ -111,9 +140,11 @@ def _candidates(
     plain = [eight.q.clone() for _ in range(copies)]
     packed8 = [ops.convert_weight_packed(eight.q) for _ in range(copies)]
     packed4 = [aten._convert_weight_to_int4pack_for_cpu(four.q.int(), 1) for _ in range(copies)]
+    onednn = [Int8Linear(eight.q, eight.scales, torch.bfloat16) for _ in range(copies)]
     scales = eight.scales.bfloat16()
     both = torch.zeros(four.zeros.shape[1], four.zeros.shape[0], 2, dtype=torch.bfloat16)
     return {
+        "onednn_scaled_mm": lambda x, i: onednn[i](x),
         "int8_scaled_mm_with_quant": lambda x, i: ops.int8_scaled_mm_with_quant(
             x, packed8[i], eight.scales, None, x.dtype, True
         ),

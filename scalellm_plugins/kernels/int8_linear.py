@@ -1,8 +1,8 @@
 """y = x · Wᵀ with 8-bit weights and rows of x rounded to 8 bits as they come (W8A8, dynamic).
 
 One scale per output channel and one per row of x, both symmetric. The product is oneDNN's, through
-the ops of vLLM: int8 dot products at every number of rows. (Weight-only kernels with 16-bit rows
-were measured too: torch's `_weight_int8pack_mm` is slower than bf16 at every number of rows.)
+the ops of vLLM: int8 dot products at every number of rows, on every x86 processor. (Weight-only
+kernels with 16-bit rows were measured, too: torch's `_weight_int8pack_mm` is slower than bf16.)
 
 Rows that hold an infinity or NaN have no defined result; other rows are not affected by them.
 """
@@ -41,7 +41,7 @@ class Int8Linear:
             self._release(self.handle.item())
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Return y [M, N] for x [M, K] of the dtype that was given, and bias [N] of it too."""
+        """Return y [M, N] for x [M, K] of the dtype that was given, and bias float32 [N]."""
         if torch.compiler.is_compiling():
             compiled: torch.Tensor = torch.ops.scalellm.int8_linear(
                 x, self.handle, self.out_features, bias
@@ -60,6 +60,7 @@ def int8_linear(
     scales = torch.empty((x.shape[0], 1), dtype=torch.float32)
     ops.dynamic_scaled_int8_quant(rounded, x, scales, None)
     y = torch.empty((x.shape[0], out_features), dtype=x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
     ops.onednn_scaled_mm(y, rounded, scales, None, None, bias, handle)
     return y
 

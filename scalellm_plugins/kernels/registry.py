@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
+
+from .int4_linear import Int4Linear
+from .int8_linear import Int8Linear
+from .int8_packed import Int8Packed
+from .int8_packed import fits as fits_packed
 
 Kind = Literal["int8", "int4"]
 
@@ -48,3 +53,24 @@ def fits(kind: Kind, out_features: int, in_features: int, group: int = 0) -> boo
     if kind == "int8":
         return out_features > 0 and in_features > 0
     return group > 0 and group % 32 == 0 and in_features % group == 0
+
+
+class Kernel(Protocol):
+    """A packed weight [N, K], ready to be multiplied."""
+
+    out_features: int
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return y [M, N] for x [M, K] of the model's dtype, and bias float32 [N]."""
+
+
+def int8(q: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> Kernel:
+    """Pack 8-bit weights [N, K] for the kernel that is fastest with them here."""
+    return Int8Packed(q, scales) if fits_packed(q, dtype) else Int8Linear(q, scales, dtype)
+
+
+def int4(
+    q: torch.Tensor, zeros: torch.Tensor, multipliers: torch.Tensor, steps: torch.Tensor
+) -> Kernel:
+    """Pack 4-bit weights [N, K] in groups. Which op multiplies is decided by the number of rows."""
+    return Int4Linear(q, zeros, multipliers, steps)

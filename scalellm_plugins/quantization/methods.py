@@ -12,8 +12,7 @@ import torch
 from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
 
 from scalellm_plugins.config import QuantizationConfig
-from scalellm_plugins.kernels.int4_linear import Int4Linear
-from scalellm_plugins.kernels.int8_linear import Int8Linear
+from scalellm_plugins.kernels import registry
 
 from . import weights
 from .rules import Plan
@@ -40,26 +39,26 @@ class QuantizedLinear(LinearMethodBase):  # type: ignore[misc]
         # LoRA asks the weight for its device and dtype, the loader for the parameter.
         layer.weight = torch.nn.Parameter(weight.data.new_empty(0), requires_grad=False)
         bias = getattr(layer, "bias", None)
-        if self._plan.bits == 4 and bias is not None:
+        if bias is not None:
             layer.bias_float = bias.data.float()
 
-    def _pack(self, weight: torch.Tensor) -> Int4Linear | Int8Linear:
+    def _pack(self, weight: torch.Tensor) -> registry.Kernel:
         if self._plan.bits == 8:
             eight = weights.to_int8(weight)
-            return Int8Linear(eight.q, eight.scales, weight.dtype)
+            return registry.int8(eight.q, eight.scales, weight.dtype)
         four = weights.to_int4(
             weight,
             self._plan.group,
             symmetric=self._options.zero_point == "symmetric",
             search=self._options.search == "mse",
         )
-        return Int4Linear(four.q, four.zeros, four.multipliers, four.steps)
+        return registry.int4(four.q, four.zeros, four.multipliers, four.steps)
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return y [..., N] for x [..., K]."""
-        if bias is not None and self._plan.bits == 4:
+        if bias is not None:
             bias = layer.bias_float
         kernel = layer.kernel
         if x.dim() == 2:
