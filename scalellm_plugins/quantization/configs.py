@@ -109,8 +109,28 @@ class OnlineConfig(QuantizationConfig):  # type: ignore[misc]
             logger.info("%s: %s in groups of %d", self.method, kind, plan.group)
 
 
+# Classes with names of their own: vLLM sends them to its workers.
+
+
+class Int8Config(OnlineConfig):
+    """8-bit weights; rows of activations in what the kernels take, on CPUs 8 bits."""
+
+    method = "scalellm_int8"
+
+
+class W8A8Config(OnlineConfig):
+    """8-bit weights, and rows of activations rounded to 8 bits as they come."""
+
+    method = "scalellm_w8a8"
+
+
+class Int4Config(OnlineConfig):
+    """4-bit weights in groups; rows of activations as with `Int8Config`."""
+
+    method = "scalellm_int4"
+
+
 def register() -> None:
     """Give vLLM the names. Idempotent; changes nothing for a server that does not use them."""
-    for method in rules.METHODS:
-        kind = type(f"{OnlineConfig.__name__}_{method}", (OnlineConfig,), {"method": method})
-        register_quantization_config(method)(kind)
+    for kind in (Int8Config, W8A8Config, Int4Config):
+        register_quantization_config(kind.method)(kind)
