@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scalellm_plugins.kernels import int4_linear, reference, registry, unpack
+from scalellm_plugins.kernels import fused, reference, registry
 from scalellm_plugins.kernels.int4_linear import Int4Linear
 from scalellm_plugins.quantization import weights
 
@@ -56,36 +56,40 @@ def test_it_is_the_product(
         assert error(kernel(x), reference.linear(exact, weight, None)) < 0.01
 
 
-def test_unpacking_is_exact() -> None:
-    """Every number of 4 bits, zero and multiplier that the search may choose."""
-    assert unpack.available(), "vLLM has numba, and numba has llvmlite"
+def test_every_zero_and_multiplier() -> None:
+    """Also those whose products fit 8 bits only after they have wrapped around: 15 times 8."""
+    assert fused.available(), "vLLM has numba, and numba has llvmlite"
     q = torch.randint(0, 16, (64, 256), dtype=torch.uint8)
-    zeros = torch.randint(0, 16, (64, 4), dtype=torch.int8)
-    multipliers = torch.randint(1, 8, (64, 4), dtype=torch.int8)
-    kernel = Int4Linear(q, zeros, multipliers, torch.ones(64))
-    weight, _, _, by_block, offsets, sums, _ = kernel.tensors
-    target = torch.zeros(2, 256 * 32 + 128, dtype=torch.int8)
-    unpack.unpack(weight, by_block, offsets, target, 64)
-    target[:, -128:] = sums
-    whole = reference.int4_weight(q, zeros, multipliers, torch.ones(64)).to(torch.int8)
-    expected = torch.ops._C.convert_weight_packed(whole.contiguous())
-    assert torch.equal(target, expected.view(2, -1))
+    zeros = torch.randint(7, 16, (64, 4), dtype=torch.int8)
+    multipliers = torch.randint(1, 9, (64, 4), dtype=torch.int8)
+    parts = (q, zeros, multipliers, torch.rand(64))
+    kernel, weight = Int4Linear(*parts), reference.int4_weight(*parts)
+    for rows in (3, 50):
+        x = torch.randn(rows, 256).bfloat16()
+        exact = reference.quantized_rows(x)
+        assert error(kernel(x), reference.linear(exact, weight, None)) < 0.01
 
 
-def test_many_columns_are_unpacked_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel, _ = made(32 * 7, 64, 32)
-    bias = torch.randn(32 * 7)
-    x = torch.randn(20, 64).bfloat16()
-    whole = kernel(x, bias)
-    monkeypatch.setattr(int4_linear, "_SCRATCH", 3 * 32 * 64)  # 7 blocks: 3, 3 and 1
-    assert torch.equal(kernel(x, bias), whole)
+def test_one_thread_and_more_threads_than_blocks() -> None:
+    kernel, _ = made(64, 128, 64)
+    x = torch.randn(50, 128).bfloat16()
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(kernel(x))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
-def test_without_a_way_to_unpack(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_kernel_for_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where llvmlite is not installed: slower, the same product."""
     kernel, weight = made(64, 128, 64)
     x = torch.randn(50, 128).bfloat16()
-    monkeypatch.setattr(unpack, "available", lambda: False)
+    monkeypatch.setattr(fused, "available", lambda: False)
     assert error(kernel(x), reference.linear(reference.quantized_rows(x), weight, None)) < 0.01
 
 

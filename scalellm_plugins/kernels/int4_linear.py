@@ -6,8 +6,8 @@ at every number of rows (two-level scales as in QServe, arXiv 2405.04532). By ro
 
 - 1 to 4, bytes bind: vLLM's `int4_scaled_mm_cpu`, from 4-bit weights to registers.
 - to `_PIECES`: the same, four rows at a time; weights come from memory again each time.
-- more, arithmetic binds: weights are unpacked to 8 bits (`unpack.py`), some columns at a time so
-  that they stay in the cache, and vLLM's `int8_scaled_mm_with_quant` multiplies. (bfloat16 only.)
+- more, arithmetic binds: `fused.py` unpacks to 8 bits in the cache and multiplies from there.
+  (bfloat16 only; where it is not to be had, the op unpacks block by block, at bf16's speed.)
 
 Layout, that of `int4_scaled_mm_cpu`: blocks of 32 channels by up to 128 of K, a block's bytes
 [K/4, 2, 8, 4] (k, half of the channels, channel, k), low nibble channel c and high nibble channel
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import torch
 
-from . import unpack
+from . import fused
 
 CHANNELS = 32
 """Channels of a block."""
@@ -31,11 +31,8 @@ _SUMS = 4 * CHANNELS
 _FEW = 4
 """Rows that the op multiplies straight from 4-bit weights."""
 
-_PIECES = 16
+_PIECES = 8
 """Rows up to which pieces of `_FEW` are faster than unpacking (measured: kernel_cost)."""
-
-_SCRATCH = 16 << 20
-"""Bytes that are unpacked at a time: half of this machine's L3; a layer of 4096 x 4096 is one."""
 
 
 class Int4Linear:
@@ -61,7 +58,7 @@ class Int4Linear:
                 torch.cat([tensor, tensor.new_zeros((padding, *tensor.shape[1:]))])
                 for tensor in (q, zeros, multipliers, steps)
             )
-        offsets = -zeros.int() * multipliers.int()  # modulo 256 below: unpacking wraps around, too
+        offsets = -zeros.int() * multipliers.int()  # modulo 256 below: so does `fused.py`
         weight, sums = _pack(q, zeros, multipliers)
         self.tensors = (
             weight,
@@ -98,9 +95,8 @@ def int4_linear(
         bias = torch.nn.functional.pad(bias, (0, padded - out_features))
     x = x.contiguous()
     rows = x.shape[0]
-    # The 8-bit op aborts the process with float16; the other one does not.
-    if rows > _PIECES and x.dtype == torch.bfloat16 and unpack.available():
-        y = _unpacked(x, weight, multipliers, offsets, sums, steps, bias)
+    if rows > _PIECES and x.dtype == torch.bfloat16 and fused.available():
+        y = fused.multiply(x, weight, multipliers, offsets, sums, steps, bias)
     elif _FEW < rows <= _PIECES:
         y = x.new_empty((rows, padded))
         for first in range(0, rows, _FEW):
@@ -111,57 +107,20 @@ def int4_linear(
     return y if padded == out_features else y[:, :out_features].contiguous()
 
 
-def _unpacked(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    multipliers: torch.Tensor,
-    offsets: torch.Tensor,
-    sums: torch.Tensor,
-    steps: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """Multiply by 8-bit weights that are made and forgotten, as many blocks as `_SCRATCH` holds."""
-    width = x.shape[1]
-    blocks, parts, _ = weight.shape
-    at_once = min(blocks, max(1, _SCRATCH // (width * CHANNELS)))
-    # From torch's allocator, which has it at hand: what belongs to nobody is no memory held.
-    scratch = torch.empty((at_once, width * CHANNELS + _SUMS), dtype=torch.int8)
-    y = x.new_empty((x.shape[0], steps.shape[0])) if at_once < blocks else None
-    for first in range(0, blocks, at_once):
-        some = slice(first, min(first + at_once, blocks))
-        target = scratch[: some.stop - first]
-        unpack.unpack(weight[some], multipliers[some], offsets[some], target, width // parts)
-        target[:, -_SUMS:] = sums[some]
-        channels = slice(some.start * CHANNELS, some.stop * CHANNELS)
-        part = torch.ops._C.int8_scaled_mm_with_quant(
-            x,
-            target.view(-1, width + 4),
-            steps[channels],
-            None if bias is None else bias[channels],
-            x.dtype,
-            True,
-        )
-        if y is None:
-            return part
-        y[:, channels] = part
-    assert y is not None
-    return y
-
-
 def _pack(
     q: torch.Tensor, zeros: torch.Tensor, multipliers: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the blocks, uint8 [N / 32, K / depth, depth · 16 + 128], and for 8 bits the sums.
 
-    The latter are 128 times each channel's sum, int32 as bytes [N / 32, 128]: what the op takes off
-    for having moved rows of x from ±127 to 1..255.
+    The latter are 128 times each channel's sum, int32 [N / 32, 32]: what has to be taken off after
+    rows of x were moved from ±127 to 1..255.
     """
     channels, width = q.shape
     group = width // zeros.shape[1]
     depth = min(group, 128)
     count = channels // CHANNELS
     packed = torch.empty((count, width // depth, depth * 16 + _SUMS), dtype=torch.uint8)
-    sums = torch.empty((count, _SUMS), dtype=torch.int8)
+    sums = torch.empty((count, CHANNELS), dtype=torch.int32)
     for block in range(count):
         rows = slice(block * CHANNELS, (block + 1) * CHANNELS)
         numbers = q[rows].view(2, 2, 8, width // depth, depth // 4, 4)
@@ -171,7 +130,7 @@ def _pack(
         parts -= zeros[rows].int().repeat_interleave(group // depth, dim=1) * depth
         packed[block, :, -_SUMS:] = parts.t().contiguous().view(torch.uint8)
         scaled = parts * multipliers[rows].int().repeat_interleave(group // depth, dim=1)
-        sums[block] = (128 * scaled.sum(1, dtype=torch.int32)).view(torch.int8)
+        sums[block] = 128 * scaled.sum(1, dtype=torch.int32)
     return packed, sums
 
 
