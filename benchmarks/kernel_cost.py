@@ -106,9 +106,10 @@ def kernels(channels: int, width: int, group: int, copies: int, every: bool) -> 
     }
     if registry.missing("int4"):
         return made
-    int4 = [Int4Linear(four.q, four.zeros, four.multipliers, four.steps) for _ in range(copies)]
+    parts = (four.q, four.zeros, four.multipliers, four.steps)
+    int4 = [registry.int4(*parts, weight.dtype) for _ in range(copies)]
     made["int4"] = lambda x, i: int4[i](x)
-    return made | (_candidates(eight, four, int4, group, copies) if every else {})
+    return made | (_candidates(eight, four, group, copies) if every else {})
 
 
 def _bf16(weight: torch.Tensor, copies: int) -> Multiply:
@@ -131,12 +132,12 @@ def _bf16(weight: torch.Tensor, copies: int) -> Multiply:
 def _candidates(
     eight: weights.Int8Weight,
     four: weights.Int4Weight,
-    int4: list[Int4Linear],
     group: int,
     copies: int,
 ) -> dict[str, Multiply]:
     """Return single ops of torch and vLLM, each at every number of rows."""
     ops, aten = torch.ops._C, torch.ops.aten
+    int4 = [Int4Linear(four.q, four.zeros, four.multipliers, four.steps) for _ in range(copies)]
     plain = [eight.q.clone() for _ in range(copies)]
     packed8 = [ops.convert_weight_packed(eight.q) for _ in range(copies)]
     packed4 = [aten._convert_weight_to_int4pack_for_cpu(four.q.int(), 1) for _ in range(copies)]

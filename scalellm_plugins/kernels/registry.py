@@ -1,7 +1,8 @@
 """Which kernels this process has: by device, by instruction set, by what is registered.
 
 vLLM has three builds of its CPU ops, and loads the one for the processor: AVX512 with bf16 dot
-products (or AMX), AVX512, AVX2. The last two lack the ops for 4-bit weights.
+products (or AMX), AVX512, AVX2. The last two lack the ops for 4-bit weights; for AVX2 torch's stand
+in.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .int4_linear import Int4Linear
 from .int8_linear import Int8Linear
 from .int8_packed import Int8Packed
 from .int8_packed import fits as fits_packed
+from .weight_only import Int4WeightOnly, Int8WeightOnly, preferred
 
 Kind = Literal["int8", "int4"]
 
@@ -40,6 +42,8 @@ def missing(kind: Kind, device: str = "cpu") -> str:
     """Return why weights of this kind cannot be multiplied on a device; "" where they can."""
     if device != "cpu":
         return f"there are no {kind} kernels for the device {device!r} yet, only for CPUs"
+    if preferred():
+        return ""
     absent = [name for name in _NEEDS[kind] if not hasattr(torch.ops._C, name)]
     if not absent:
         return ""
@@ -52,6 +56,8 @@ def fits(kind: Kind, out_features: int, in_features: int, group: int = 0) -> boo
     """Whether a weight [out_features, in_features] has a shape that the kernels take."""
     if kind == "int8":
         return out_features > 0 and in_features > 0
+    if preferred() and group not in (32, 64, 128, 256):
+        return False
     return group > 0 and group % 32 == 0 and in_features % group == 0
 
 
@@ -66,11 +72,19 @@ class Kernel(Protocol):
 
 def int8(q: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> Kernel:
     """Pack 8-bit weights [N, K] for the kernel that is fastest with them here."""
+    if preferred():
+        return Int8WeightOnly(q, scales, dtype)
     return Int8Packed(q, scales) if fits_packed(q, dtype) else Int8Linear(q, scales, dtype)
 
 
 def int4(
-    q: torch.Tensor, zeros: torch.Tensor, multipliers: torch.Tensor, steps: torch.Tensor
+    q: torch.Tensor,
+    zeros: torch.Tensor,
+    multipliers: torch.Tensor,
+    steps: torch.Tensor,
+    dtype: torch.dtype,
 ) -> Kernel:
-    """Pack 4-bit weights [N, K] in groups. Which op multiplies is decided by the number of rows."""
+    """Pack 4-bit weights [N, K] in groups. Which op multiplies depends on the rows, too."""
+    if preferred():
+        return Int4WeightOnly(q, zeros, multipliers, steps, dtype)
     return Int4Linear(q, zeros, multipliers, steps)

@@ -63,7 +63,7 @@ def plan(
         return Plan(8, why="scalellm.quantization.keep_8bit")
     group = group_for(in_features, options.group_size)
     if not registry.fits("int4", out_features, in_features, group):
-        return Plan(8, why=f"{in_features} inputs are no multiple of 32")
+        return Plan(8, why=f"no group fits {in_features} inputs")
     return Plan(4, group)
 
 

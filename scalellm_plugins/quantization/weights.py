@@ -60,9 +60,10 @@ def to_int8(weight: torch.Tensor) -> Int8Weight:
     scales = torch.empty(channels, dtype=torch.float32)
     for rows in _chunks(channels, width):
         part = weight[rows].to(torch.float32, copy=True)
-        scale = part.abs().amax(dim=1).div_(127)
+        # A number that bfloat16 has, too: some kernels take the scale so.
+        scale = part.abs().amax(dim=1).div_(127).bfloat16().float()
         scale[scale == 0] = 1
-        q[rows] = part.div_(scale[:, None]).round_().to(torch.int8)
+        q[rows] = part.div_(scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
         scales[rows] = scale
     return Int8Weight(q, scales)
 
