@@ -6,7 +6,6 @@ import logging
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
@@ -18,7 +17,6 @@ from scalellm_plugins.errors import ConfigError
 from scalellm_plugins.kernels import registry
 
 from . import rules
-from .methods import QuantizedLinear
 
 logger = logging.getLogger("vllm.scalellm")  # below "vllm": its handlers and its level
 
@@ -75,6 +73,11 @@ class OnlineConfig(QuantizationConfig):  # type: ignore[misc]
         Raises:
             ConfigError: a mixture of experts, or no kernels for this device.
         """
+        # Here: only the process that makes the model needs layers, 0.7 s of imports.
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        from .methods import QuantizedLinear
+
         if any(kind.__name__ == _EXPERTS for kind in type(layer).__mro__):
             rules.refuse_experts(self.method, self._options, prefix)
             return None
