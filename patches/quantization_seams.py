@@ -7,6 +7,7 @@ from .seams import Seam
 
 _QUANTIZATION = "vllm.model_executor.layers.quantization"
 _OPS = "vllm._custom_ops"
+_INT8 = "vllm.model_executor.kernels.linear.scaled_mm.cpu"
 
 QUANTIZATION_SEAMS: tuple[Seam, ...] = (
     Seam(
@@ -118,6 +119,16 @@ QUANTIZATION_SEAMS: tuple[Seam, ...] = (
                 module=_OPS,
                 qualname="onednn_scaled_mm",
                 calls=("torch.ops._C.onednn_scaled_mm",),
+            ),
+            Target(
+                module=_INT8,
+                qualname="CPUInt8ScaledMMLinearKernel.process_weights_for_sgl",
+                calls=("torch.ops._C.convert_weight_packed",),
+            ),
+            Target(
+                module=_INT8,
+                qualname="CPUInt8ScaledMMLinearKernel._apply_weights_sgl",
+                calls=("torch.ops._C.int8_scaled_mm_with_quant",),
             ),
             Target(
                 module=_OPS,

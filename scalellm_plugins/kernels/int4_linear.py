@@ -31,7 +31,7 @@ _SUMS = 4 * CHANNELS
 _FEW = 4
 """Rows that the op multiplies straight from 4-bit weights."""
 
-_PIECES = 24
+_PIECES = 16
 """Rows up to which pieces of `_FEW` are faster than unpacking (measured: kernel_cost)."""
 
 
