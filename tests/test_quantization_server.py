@@ -55,13 +55,27 @@ def ask(server: Any, model: str, question: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("method", "options"),
+    ("method", "options", "said"),
     [
-        ("scalellm_w8a8", ()),
-        ("scalellm_int4", ("--scalellm.quantization.group_size", "64")),
+        ("scalellm_w8a8", (), ["qkv_proj in 8 bits", "down_proj in 8 bits"]),
+        (
+            "scalellm_int4",
+            (
+                *("--scalellm.quantization.group_size", "64"),
+                *("--scalellm.quantization.keep_8bit", "*.down_proj"),
+                *("--scalellm.quantization.skip", "*.layers.0.*.q_proj"),
+            ),
+            [
+                "qkv_proj in 4 bits, groups of 64",
+                "qkv_proj in 16 bits (scalellm.quantization.skip)",
+                "down_proj in 8 bits (scalellm.quantization.keep_8bit)",
+            ],
+        ),
     ],
 )
-def test_it_answers(serve: Any, tmp_path: Path, method: str, options: tuple[str, ...]) -> None:
+def test_it_answers(
+    serve: Any, tmp_path: Path, method: str, options: tuple[str, ...], said: list[str]
+) -> None:
     """With adapters on top: one of nothing changes nothing, one of noise ends all sense.
 
     (Nearly nothing: other rows in the batch are other sums, and a tie may fall the other way.)
@@ -76,6 +90,8 @@ def test_it_answers(serve: Any, tmp_path: Path, method: str, options: tuple[str,
     )
     features = {row["name"]: row["on"] for row in server.get("/scalellm/features")["features"]}
     assert features["quantization"]
+    log = server.log.read_text()
+    assert all(f"{method}: {line}" in log for line in said), log
     with ThreadPoolExecutor(20) as threads:  # more rows at once than any kernel's few
         answers, same, other = (
             list(threads.map(lambda question, name=model: ask(server, name, question), QUESTIONS))

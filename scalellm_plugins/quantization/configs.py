@@ -87,10 +87,10 @@ class OnlineConfig(QuantizationConfig):  # type: ignore[misc]
         width = getattr(layer, "input_size_per_partition", layer.input_size)
         height = getattr(layer, "output_size_per_partition", layer.output_size)
         plan = rules.plan(self.method, self._options, names, height, width)
+        self._say(prefix, plan)
         if plan.bits == 16:
             return UnquantizedLinearMethod()
         self._require_kernels("int4" if plan.bits == 4 else "int8")
-        self._say(prefix, plan)
         return QuantizedLinear(plan, self._options)
 
     def _require_kernels(self, kind: registry.Kind) -> None:
@@ -102,14 +102,14 @@ class OnlineConfig(QuantizationConfig):  # type: ignore[misc]
             raise ConfigError(f"--quantization {self.method}: {why}. Drop it, or serve on a CPU.")
 
     def _say(self, prefix: str, plan: rules.Plan) -> None:
-        """Log once per kind of layer what was not asked for in so many words."""
+        """Log what becomes of a kind of layer, such as o_proj, at its first."""
         kind = prefix.rpartition(".")[2]
-        if plan.why and kind not in self._said:
-            self._said.add(kind)
-            logger.info("%s: %s in %d bits (%s)", self.method, kind, plan.bits, plan.why)
-        elif plan.group and plan.group != self._options.group_size and kind not in self._said:
-            self._said.add(kind)
-            logger.info("%s: %s in groups of %d", self.method, kind, plan.group)
+        line = f"{kind} in {plan.bits} bits"
+        line += f", groups of {plan.group}" if plan.group else ""
+        line += f" ({plan.why})" if plan.why else ""
+        if line not in self._said:
+            self._said.add(line)
+            logger.info("%s: %s", self.method, line)
 
 
 # Classes with names of their own: vLLM sends them to its workers.
