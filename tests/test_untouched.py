@@ -208,7 +208,7 @@ def test_the_same_options_in_every_form(
         assert "exit" not in got, (form, got["stderr"])
         assert got["model"] == "M", form
         assert got["servers"] == 3, form
-        assert got["on"] == ["frontend", "ipc", "scheduler"], form
+        assert got["on"] == ["frontend", "ipc", "scheduler", "quantization"], form
         assert "lora_filesystem_resolver" in got["plugins"].split(","), form
         assert got["stderr"].count("ScaleLLM plugins") == 1, form
 
