@@ -26,6 +26,7 @@ from .lane_seams import FAST_LANE
 from .live import MARK
 from .planned_seams import PLANNED
 from .prefix_seams import PREFIXES
+from .quantization_seams import QUANTIZATION_SEAMS
 from .scheduler_seams import SCHEDULER_SEAMS
 from .seams import READY, Entry, Seam
 from .shared_seams import WORKERS
@@ -50,7 +51,14 @@ __all__ = [
 logger = logging.getLogger("vllm.scalellm")  # below "vllm": its handlers and its level
 
 SEAMS: tuple[Seam, ...] = (
-    *(*READY, *FAST_LANE, *WORKERS, *IPC_SEAMS, *SCHEDULER_SEAMS, *PREFIXES, *VIRTUAL),
+    *READY,
+    *FAST_LANE,
+    *WORKERS,
+    *IPC_SEAMS,
+    *SCHEDULER_SEAMS,
+    *PREFIXES,
+    *VIRTUAL,
+    *QUANTIZATION_SEAMS,
     *PLANNED,
 )
 

@@ -342,6 +342,11 @@ def carry_out() -> None:
     for state in states():
         if state.on:
             _apply_on(state.name, when="process")
+            # Without vLLM, as in `scalellm doctor`, nobody could look the names up.
+            if state.name == "quantization" and "vllm" in sys.modules:
+                from .quantization import configs
+
+                configs.register()
             # Elsewhere the import alone would cost seconds.
             if "vllm.v1.engine.core" in sys.modules:
                 _apply_on(state.name, when="engine")

@@ -115,9 +115,27 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class QuantizationConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Online quantization."""
+    """Online quantization: how vLLM's --quantization scalellm_… rounds weights."""
 
     enabled: Toggle = None
+    group_size: Annotated[
+        Annotated[int, Meta(ge=32, le=4096, multiple_of=32)],
+        Meta(description="4 bits: weights per scale, a multiple of 32; less where it does not fit"),
+    ] = 128
+    zero_point: Annotated[
+        Literal["asymmetric", "symmetric"],
+        Meta(description="4 bits: each group has its own zero, or it is the middle"),
+    ] = "asymmetric"
+    search: Annotated[
+        Literal["mse", "none"],
+        Meta(description="4 bits: clip where that makes the squared error least, or never"),
+    ] = "mse"
+    skip: Annotated[
+        str | None, Meta(description="layers that stay in 16 bits: *.o_proj,model.layers.0.*")
+    ] = None
+    keep_8bit: Annotated[
+        str | None, Meta(description="layers that scalellm_int4 keeps in 8 bits, likewise")
+    ] = None
 
 
 class SimConfig(msgspec.Struct, frozen=True, kw_only=True):

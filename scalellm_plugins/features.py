@@ -51,8 +51,8 @@ FEATURES: dict[str, Feature] = {
         ),
         Feature(
             "quantization",
-            "online int8/int4 for plain bf16 checkpoints, and compression tools",
-            "planned",
+            "online int8/int4 for plain bf16 checkpoints on CPUs: --quantization scalellm_int4",
+            "partial",
         ),
         Feature(
             "sim",

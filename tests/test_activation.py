@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from types import ModuleType
@@ -86,15 +87,15 @@ def test_a_feature_is_picked_by_name() -> None:
 @pytest.mark.parametrize(
     ("picked", "options", "expected"),
     [
-        (["scalellm"], {"status": "off"}, {"frontend", "ipc", "scheduler"}),
-        (["scalellm"], {"ipc": "off"}, {"frontend", "scheduler", "status"}),
+        (["scalellm"], {"status": "off"}, {"frontend", "ipc", "quantization", "scheduler"}),
+        (["scalellm"], {"ipc": "off"}, {"frontend", "quantization", "scheduler", "status"}),
         (["scalellm.frontend"], {"status": "on"}, {"frontend", "status"}),
         (["scalellm.frontend"], {"frontend": "off"}, set()),
         (["scalellm"], {"enabled": "off"}, set()),
         (
             ["scalellm"],
             {"sim": {"enabled": "on"}},
-            {"frontend", "ipc", "scheduler", "status", "sim"},
+            {"frontend", "ipc", "quantization", "scheduler", "status", "sim"},
         ),
     ],
 )
@@ -116,6 +117,8 @@ def test_a_broken_contract_turns_its_feature_off_and_says_why(
 
 def test_strict_refuses_instead(monkeypatch: pytest.MonkeyPatch) -> None:
     strict = config.parse({"strict": "on"})
+    planned = replace(FEATURES["quantization"], status="planned")
+    monkeypatch.setitem(FEATURES, "quantization", planned)
     decision.decide(["scalellm"], strict)  # planned features that nobody named do not count
     with pytest.raises(ContractError, match="quantization: planned"):
         decision.decide(["scalellm", "scalellm.quantization"], strict)
@@ -127,7 +130,7 @@ def test_strict_refuses_instead(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_decision_travels_and_is_not_taken_twice() -> None:
     run(["scalellm"], {"status": "off"})
     assert not activation.is_due()
-    assert on(activation.states()) == {"frontend", "ipc", "scheduler"}
+    assert on(activation.states()) == {"frontend", "ipc", "quantization", "scheduler"}
     before = dict(os.environ)
     activation.from_environment()  # what a child process does
     assert dict(os.environ) == before
@@ -293,7 +296,9 @@ def test_options_stay_alive_under_a_foreign_allowlist(
     assert os.environ.get("VLLM_PLUGINS") == expected
 
 
-def test_the_table_is_short_and_says_why() -> None:
+def test_the_table_is_short_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = replace(FEATURES["quantization"], status="planned")
+    monkeypatch.setitem(FEATURES, "quantization", planned)
     text = decision.table(decision.decide(["scalellm.quantization"], config.Config()))
     assert len(text.splitlines()) == len(FEATURES) + 2
     assert "planned: not in version" in text
@@ -329,13 +334,17 @@ def test_the_simulated_gpu_needs_a_name_of_ours(environment: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("command", "attributes", "expected"),
     [
-        ("serve", {}, {"status", "frontend", "ipc", "scheduler"}),
-        ("", {}, {"status", "ipc", "scheduler"}),
-        ("run-batch", {}, {"scheduler"}),
-        ("bench throughput", {}, {"scheduler"}),
-        ("serve", {"headless": True}, {"scheduler"}),
-        ("serve", {"data_parallel_multi_port_external_lb": True}, {"status", "ipc", "scheduler"}),
-        ("serve", {"grpc": True}, {"status", "ipc", "scheduler"}),
+        ("serve", {}, {"status", "frontend", "ipc", "quantization", "scheduler"}),
+        ("", {}, {"status", "ipc", "quantization", "scheduler"}),
+        ("run-batch", {}, {"quantization", "scheduler"}),
+        ("bench throughput", {}, {"quantization", "scheduler"}),
+        ("serve", {"headless": True}, {"quantization", "scheduler"}),
+        (
+            "serve",
+            {"data_parallel_multi_port_external_lb": True},
+            {"status", "ipc", "quantization", "scheduler"},
+        ),
+        ("serve", {"grpc": True}, {"status", "ipc", "quantization", "scheduler"}),
     ],
 )
 def test_features_of_the_http_side_need_one(

@@ -174,8 +174,10 @@ def next_release(folder: Path, path: str, old: str, new: str) -> str:
 
 
 def test_doctor_on_a_release_that_breaks_a_planned_feature(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    planned = dataclasses.replace(FEATURES["quantization"], status="planned")
+    monkeypatch.setitem(FEATURES, "quantization", planned)
     wheel = next_release(
         tmp_path,
         "vllm/model_executor/layers/quantization/base_config.py",

@@ -1,0 +1,141 @@
+"""Seams of online quantization: what `quantization/` and `kernels/` use of vLLM. Pure data."""
+
+from __future__ import annotations
+
+from .contracts import Target
+from .seams import Seam
+
+_QUANTIZATION = "vllm.model_executor.layers.quantization"
+_OPS = "vllm._custom_ops"
+_INT8 = "vllm.model_executor.kernels.linear.scaled_mm.cpu"
+
+QUANTIZATION_SEAMS: tuple[Seam, ...] = (
+    Seam(
+        name="quantization_registry",
+        feature="quantization",
+        why="a method is registered by name and found by --quantization",
+        targets=(
+            Target(
+                module=_QUANTIZATION,
+                qualname="register_quantization_config",
+                parameters=("quantization",),
+            ),
+            Target(
+                module=_QUANTIZATION,
+                qualname="get_quantization_config",
+                parameters=("quantization",),
+                reads=("_CUSTOMIZED_METHOD_TO_QUANT_CONFIG",),
+            ),
+            Target(
+                module=f"{_QUANTIZATION}.base_config",
+                qualname="QuantizationConfig",
+                kind="class",
+                implements=(
+                    "get_name",
+                    "get_supported_act_dtypes",
+                    "get_min_capability",
+                    "get_config_filenames",
+                    "from_config",
+                    "get_quant_method",
+                ),
+            ),
+        ),
+    ),
+    Seam(
+        name="linear_method",
+        feature="quantization",
+        why="weights are loaded as without quantization, then packed, and applied by our kernels",
+        targets=(
+            Target(
+                module="vllm.model_executor.layers.linear",
+                qualname="LinearMethodBase",
+                kind="class",
+                implements=("create_weights", "apply"),
+                members=("process_weights_after_loading",),
+            ),
+            Target(
+                module="vllm.model_executor.layers.linear",
+                qualname="LinearMethodBase.create_weights",
+                parameters=(
+                    "layer",
+                    "input_size_per_partition",
+                    "output_partition_sizes",
+                    "input_size",
+                    "output_size",
+                    "params_dtype",
+                ),
+            ),
+            Target(
+                module="vllm.model_executor.layers.linear",
+                qualname="LinearMethodBase.apply",
+                parameters=("layer", "x", "bias"),
+            ),
+        ),
+    ),
+    Seam(
+        name="online_loading",
+        feature="quantization",
+        why="a method without files works on a plain checkpoint, and packs layer after layer",
+        targets=(
+            Target(
+                module="vllm.model_executor.model_loader.weight_utils",
+                qualname="get_quant_config",
+                calls=("quant_cls.get_config_filenames", "quant_cls"),
+            ),
+            Target(
+                module="vllm.model_executor.model_loader.utils",
+                qualname="process_weights_after_loading",
+                calls=("quant_method.process_weights_after_loading",),
+            ),
+            Target(
+                module="vllm.model_executor.layers.linear",
+                qualname="UnquantizedLinearMethod.create_weights",
+                calls=("ModelWeightParameter", "layer.register_parameter"),
+            ),
+            # Its experts are refused by the name of this class.
+            Target(
+                module="vllm.model_executor.layers.fused_moe.routed_experts",
+                qualname="RoutedExperts",
+                kind="class",
+            ),
+        ),
+    ),
+    Seam(
+        name="cpu_ops",
+        feature="quantization",
+        why="the kernels multiply with vLLM's compiled ops, whose arguments its wrappers show",
+        targets=(
+            Target(
+                module=_OPS,
+                qualname="create_onednn_scaled_mm",
+                calls=("torch.ops._C.create_onednn_scaled_mm_handler",),
+            ),
+            Target(
+                module=_OPS,
+                qualname="onednn_scaled_int8_quant",
+                calls=("torch.ops._C.dynamic_scaled_int8_quant",),
+            ),
+            Target(
+                module=_OPS,
+                qualname="onednn_scaled_mm",
+                calls=("torch.ops._C.onednn_scaled_mm",),
+            ),
+            Target(
+                module=_INT8,
+                qualname="CPUInt8ScaledMMLinearKernel.process_weights_for_sgl",
+                calls=("torch.ops._C.convert_weight_packed",),
+            ),
+            Target(
+                module=_INT8,
+                qualname="CPUInt8ScaledMMLinearKernel._apply_weights_sgl",
+                calls=("torch.ops._C.int8_scaled_mm_with_quant",),
+            ),
+            Target(
+                module=_OPS,
+                qualname="int4_scaled_mm_cpu",
+                parameters=("x", "w", "w_zeros", "w_scales", "bias"),
+                calls=("torch.ops._C.int4_scaled_mm_cpu",),
+            ),
+        ),
+    ),
+)

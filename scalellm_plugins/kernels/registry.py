@@ -1,0 +1,90 @@
+"""Which kernels this process has: by device, by instruction set, by what is registered.
+
+vLLM has three builds of its CPU ops, and loads the one for the processor: AVX512 with bf16 dot
+products (or AMX), AVX512, AVX2. The last two lack the ops for 4-bit weights; for AVX2 torch's stand
+in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from typing import Literal, Protocol
+
+import torch
+
+from .int4_linear import Int4Linear
+from .int8_linear import Int8Linear
+from .int8_packed import Int8Packed
+from .int8_packed import fits as fits_packed
+from .weight_only import Int4WeightOnly, Int8WeightOnly, preferred
+
+Kind = Literal["int8", "int4"]
+
+_NEEDS: dict[Kind, tuple[str, ...]] = {
+    "int8": (
+        "create_onednn_scaled_mm_handler",
+        "release_dnnl_matmul_handler",
+        "dynamic_scaled_int8_quant",
+        "onednn_scaled_mm",
+    ),
+    "int4": ("int4_scaled_mm_cpu", "int8_scaled_mm_with_quant"),
+}
+
+
+def load_vllm_ops() -> None:
+    """Register vLLM's ops for this processor, where vLLM is installed and has not done so."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("vllm._custom_ops")
+
+
+def missing(kind: Kind, device: str = "cpu") -> str:
+    """Return why weights of this kind cannot be multiplied on a device; "" where they can."""
+    if device != "cpu":
+        return f"there are no {kind} kernels for the device {device!r} yet, only for CPUs"
+    if preferred():
+        return ""
+    absent = [name for name in _NEEDS[kind] if not hasattr(torch.ops._C, name)]
+    if not absent:
+        return ""
+    return f"vLLM's ops for this processor ({torch.backends.cpu.get_cpu_capability()}) lack " + (
+        ", ".join(absent)
+    )
+
+
+def fits(kind: Kind, out_features: int, in_features: int, group: int = 0) -> bool:
+    """Whether a weight [out_features, in_features] has a shape that the kernels take."""
+    if kind == "int8":
+        return out_features > 0 and in_features > 0
+    if preferred() and group not in (32, 64, 128, 256):
+        return False
+    return group > 0 and group % 32 == 0 and in_features % group == 0
+
+
+class Kernel(Protocol):
+    """A packed weight [N, K], ready to be multiplied."""
+
+    out_features: int
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return y [M, N] for x [M, K] of the model's dtype, and bias float32 [N]."""
+
+
+def int8(q: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> Kernel:
+    """Pack 8-bit weights [N, K] for the kernel that is fastest with them here."""
+    if preferred():
+        return Int8WeightOnly(q, scales, dtype)
+    return Int8Packed(q, scales) if fits_packed(q, dtype) else Int8Linear(q, scales, dtype)
+
+
+def int4(
+    q: torch.Tensor,
+    zeros: torch.Tensor,
+    multipliers: torch.Tensor,
+    steps: torch.Tensor,
+    dtype: torch.dtype,
+) -> Kernel:
+    """Pack 4-bit weights [N, K] in groups. Which op multiplies depends on the rows, too."""
+    if preferred():
+        return Int4WeightOnly(q, zeros, multipliers, steps, dtype)
+    return Int4Linear(q, zeros, multipliers, steps)

@@ -1,0 +1,1 @@
+"""Quantization of a plain 16-bit checkpoint while vLLM loads it, over the kernels of `kernels/`."""

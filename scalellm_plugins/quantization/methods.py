@@ -1,0 +1,67 @@
+"""vLLM's interface for quantized linear layers, over the kernels.
+
+A layer is created and loaded as vLLM does it without quantization, so that every loader, shard and
+fused projection works; then its weight is rounded, packed and freed, one layer after the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
+
+from scalellm_plugins.config import QuantizationConfig
+from scalellm_plugins.kernels import registry
+
+from . import weights
+from .rules import Plan
+
+
+class QuantizedLinear(LinearMethodBase):  # type: ignore[misc]
+    """One linear layer in 8 or 4 bits."""
+
+    def __init__(self, plan: Plan, options: QuantizationConfig) -> None:
+        self._plan = plan
+        self._options = options
+        self._plain = UnquantizedLinearMethod()
+
+    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Make `layer.weight` [N, K] in the model's dtype, as without quantization."""
+        self._plain.create_weights(layer, *args, **kwargs)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Round and pack the weight, and let go of it. Again: nothing."""
+        weight = layer.weight
+        if weight.numel() == 0:
+            return
+        layer.kernel = self._pack(weight.data)
+        # LoRA asks the weight for its device and dtype, the loader for the parameter.
+        layer.weight = torch.nn.Parameter(weight.data.new_empty(0), requires_grad=False)
+        bias = getattr(layer, "bias", None)
+        if bias is not None:
+            layer.bias_float = bias.data.float()
+
+    def _pack(self, weight: torch.Tensor) -> registry.Kernel:
+        if self._plan.bits == 8:
+            eight = weights.to_int8(weight)
+            return registry.int8(eight.q, eight.scales, weight.dtype)
+        four = weights.to_int4(
+            weight,
+            self._plan.group,
+            symmetric=self._options.zero_point == "symmetric",
+            search=self._options.search == "mse",
+        )
+        return registry.int4(four.q, four.zeros, four.multipliers, four.steps, weight.dtype)
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return y [..., N] for x [..., K]."""
+        if bias is not None:
+            bias = layer.bias_float
+        kernel = layer.kernel
+        if x.dim() == 2:
+            return kernel(x, bias)
+        y = kernel(x.reshape(-1, x.shape[-1]), bias)
+        return y.view(*x.shape[:-1], kernel.out_features)

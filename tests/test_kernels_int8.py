@@ -1,0 +1,122 @@
+"""8-bit linear layers against the oracle: shapes, rows, memory, and what is not a number."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from scalellm_plugins.kernels import int8_packed, reference, registry
+from scalellm_plugins.kernels.int8_linear import Int8Linear
+from scalellm_plugins.kernels.int8_packed import Int8Packed
+from scalellm_plugins.quantization import weights
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(autouse=True, scope="module")
+def ops() -> None:
+    registry.load_vllm_ops()
+    if why := registry.missing("int8"):
+        pytest.skip(why)
+
+
+def made(
+    channels: int, width: int, dtype: torch.dtype = torch.bfloat16, packed: bool = False
+) -> tuple[registry.Kernel, torch.Tensor]:
+    """A kernel, and the weight that it stands for."""
+    eight = weights.to_int8(torch.randn(channels, width).to(dtype))
+    weight = reference.int8_weight(eight.q, eight.scales)
+    if not packed:
+        return Int8Linear(eight.q, eight.scales, dtype), weight
+    if not int8_packed.fits(eight.q, dtype):
+        pytest.skip("vLLM's ops for this processor lack it")
+    return Int8Packed(eight.q, eight.scales), weight
+
+
+both = pytest.mark.parametrize("packed", [False, True], ids=["onednn", "packed"])
+
+
+def error(y: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest error, as a share of the largest value."""
+    return float((y.double() - expected).abs().max() / expected.abs().max())
+
+
+def check(kernel: registry.Kernel, weight: torch.Tensor, dtype: torch.dtype) -> None:
+    channels, width = weight.shape
+    bias = torch.randn(channels)
+    for rows in (1, 2, 5, 33, 130):
+        x = torch.randn(rows, width).to(dtype)
+        exact = reference.quantized_rows(x)
+        assert error(kernel(x, bias), reference.linear(exact, weight, bias)) < 0.01
+        assert error(kernel(x), reference.linear(exact, weight, None)) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("channels", "width"), [(96, 256), (33, 96), (7, 5), (1, 1), (130, 160)])
+def test_it_is_the_product(channels: int, width: int, dtype: torch.dtype) -> None:
+    check(*made(channels, width, dtype), dtype)
+
+
+@pytest.mark.parametrize(("channels", "width"), [(96, 256), (32, 32), (1152, 896)])
+def test_the_packed_one_is_too(channels: int, width: int) -> None:
+    check(*made(channels, width, packed=True), torch.bfloat16)
+
+
+def test_each_gets_what_it_takes() -> None:
+    """The packed op ends the process with float16, and with channels that fill no block."""
+    eight = weights.to_int8(torch.randn(64, 96))
+    assert not int8_packed.fits(eight.q, torch.float16)
+    assert not int8_packed.fits(eight.q[:33], torch.bfloat16)
+    assert not int8_packed.fits(eight.q[:, :40], torch.bfloat16)
+    assert isinstance(registry.int8(eight.q, eight.scales, torch.float16), Int8Linear)
+    assert isinstance(registry.int8(eight.q[:33], eight.scales[:33], torch.bfloat16), Int8Linear)
+
+
+@both
+def test_a_row_of_zeros_is_the_bias(packed: bool) -> None:
+    kernel, _ = made(64, 96, packed=packed)
+    x = torch.randn(5, 96).bfloat16()
+    x[3] = 0
+    bias = torch.randn(64)
+    assert torch.equal(kernel(x, bias)[3], bias.bfloat16())
+    assert torch.equal(kernel(torch.zeros(1, 96).bfloat16())[0], torch.zeros(64).bfloat16())
+
+
+@both
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_row(bad: float, packed: bool) -> None:
+    kernel, _ = made(64, 96, packed=packed)
+    x = torch.randn(6, 96).bfloat16()
+    good = kernel(x)
+    x[2, 5] = bad
+    assert torch.equal(kernel(x)[[0, 1, 3, 4, 5]], good[[0, 1, 3, 4, 5]])
+
+
+def test_the_kernel_owns_what_it_needs() -> None:
+    """oneDNN points to the scales: freed, they turned a served model's words into noise."""
+    kernel, weight = made(512, 256)
+    gc.collect()
+    junk = [torch.full((512, 1), 1e9) for _ in range(64)]
+    x = torch.randn(3, 256).bfloat16()
+    assert error(kernel(x), reference.linear(reference.quantized_rows(x), weight, None)) < 0.01
+    assert junk
+
+
+@both
+def test_rows_that_are_not_contiguous(packed: bool) -> None:
+    kernel, _ = made(64, 96, packed=packed)
+    wide = torch.randn(4, 192).bfloat16()
+    assert torch.equal(kernel(wide[:, ::2]), kernel(wide[:, ::2].contiguous()))
+
+
+@both
+def test_torch_compile_sees_one_op(packed: bool) -> None:
+    """The number of rows is not baked into what it compiles."""
+    kernel, _ = made(64, 96, packed=packed)
+    bias = torch.randn(64)
+    compiled = torch.compile(lambda x: kernel(x, bias) * 2, fullgraph=True, backend="aot_eager")
+    for rows in (3, 40):
+        x = torch.randn(rows, 96).bfloat16()
+        assert torch.equal(compiled(x), kernel(x, bias) * 2)
