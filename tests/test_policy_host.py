@@ -232,6 +232,79 @@ def test_who_rests_gets_no_token_and_keeps_its_place(
         assert run.got[name] == expected(name, 8, 30)
 
 
+# Steps: how long they take, and what of prompts they may take
+
+
+class Hurried(Policy):
+    """Wants short steps while anything is decoded."""
+
+    paces = True
+
+    def step_s(self, running: Sequence[Work], now: float) -> float | None:
+        return 0.001
+
+
+@pytest.mark.parametrize("by_policy", [True, False])
+def test_prompts_get_what_keeps_decodes_at_their_pace(
+    by_policy: bool, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps are learnt to take 0.1 ms per token: of a long prompt ten tokens' worth goes into one,
+    in whole blocks, and behind the decodes, whoever came first."""
+    options = {"policy": "fair"} if by_policy else {"tpot_target_ms": 1}
+    run = Run(
+        monkeypatch,
+        Hurried if by_policy else None,
+        options=options,
+        asynchronous=False,
+        block_size=4,
+        budget=512,
+    )
+    monkeypatch.setattr(
+        type(run.scheduler._host.times),
+        "predict",
+        lambda _self, prefill, decodes, _context: 1e-4 * (prefill + decodes),
+    )
+    run.add("short", 4, 60)
+    run.step()
+    run.add("long", 200, 4)
+    run.scheduler.running.reverse()
+    chunks = []
+    for _ in range(4):
+        tokens = run.step().num_scheduled_tokens
+        assert tokens["short"] == 1
+        chunks.append(tokens["long"])
+        run.scheduler.running.reverse()  # even if it stood first
+    assert max(chunks) <= 16, "a thirty-second of a step, or what takes a millisecond"
+    run.finish()
+    assert run.got["long"] == expected("long", 200, 4)
+
+
+@both
+def test_a_policy_knows_how_long_steps_take_and_who_has_a_token(
+    asynchronous: bool, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int, int, float]] = []
+    run = Run(monkeypatch, Doubt, asynchronous=asynchronous)
+    host_ = run.scheduler._host
+    monkeypatch.setattr(
+        type(host_.times), "observe", lambda _self, *shape: seen.append(shape), raising=True
+    )
+    run.add("one", 20, 30)
+    for _ in range(8):
+        run.step()
+        clock.now += 0.02
+    work = host_._works["one"]
+    assert work.first is not None
+    assert 1000.0 < work.first <= 1000.06
+    assert work.since == 1000.0
+    assert seen[0][:3] == (20, 0, 20), "the prompt, and nothing beside it"
+    assert all((prefill, decodes) == (0, 1) for prefill, decodes, *_ in seen[1:])
+    contexts = [context for _, _, context, _ in seen[1:]]
+    assert contexts == list(range(21, 21 + len(contexts)))
+    steady = [seconds for *_, seconds in seen[2:]]
+    assert steady == pytest.approx([0.02] * len(steady) if asynchronous else [0.0] * len(steady))
+
+
 # Anything at all
 
 

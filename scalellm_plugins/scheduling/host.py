@@ -159,7 +159,7 @@ class PolicyHost:
         tenancy = self.tenancy
         if tenancy is not None:
             self._preempt(tenancy.begin(now), now)
-        if len(self.queue) and (policy.preempts or tenancy is not None):
+        if len(self.queue) and (policy.preempts or (tenancy is not None and tenancy.has_floors)):
             self._make_room(now)
         works: list[RequestWork] = []
         if policy.yields or policy.paces:
@@ -247,18 +247,20 @@ class PolicyHost:
         seats = self._seats() - len(scheduler.running)
         free = self._pool.get_num_free_blocks()
         running = [self._works[one.request_id] for one in scheduler.running]
-        for request in list(self.queue.ahead(AT_ONCE)):
+        going: list[RequestWork] = []  # at the end: until then nothing moves in the queue
+        for request in self.queue.ahead(AT_ONCE):
             work = self._works[request.request_id]
             need = -(-request.num_tokens // self._block)
             victims = self._victims(work, running, seats, free - need, now)
             if victims is None:
-                return
+                break
             for victim in victims:
                 running.remove(victim)
                 free += self._held(victim)
-            self._preempt(victims, now)
+            going += victims
             seats += len(victims) - 1
             free -= need
+        self._preempt(going, now)
 
     def _preempt(self, victims: Sequence[RequestWork], now: float) -> None:
         scheduler = self._scheduler

@@ -33,6 +33,11 @@ class Tenancy:
         self._made: dict[str, int] = {}
         """Tokens of running work that were charged."""
 
+    @property
+    def has_floors(self) -> bool:
+        """Whether blocks are guaranteed to anybody, so that others may have to give way."""
+        return bool(self._floors)
+
     def arrived(self, work: RequestWork, now: float) -> Refused | None:
         """A request comes; why it is not let in, if it is not."""
         quotas = self._quotas
