@@ -54,6 +54,22 @@ def test_the_urgent_takes_a_seat_at_once_and_nothing_is_lost(
     assert run.got["urgent"] == expected("urgent", 8, 20)
 
 
+def test_each_of_several_takes_a_seat_of_its_own(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one step, and no more give way than are needed."""
+    run = Run(monkeypatch, sequences=4)
+    for number in range(4):
+        run.add(f"low-{number}", most=40, priority=5)
+    for _ in range(4):
+        run.step()
+    for number in range(3):
+        run.add(f"urgent-{number}", most=5, priority=1)
+    run.step()
+    assert sorted(run.running()) == ["low-0", "urgent-0", "urgent-1", "urgent-2"]
+    run.finish()
+
+
 @both
 def test_equals_do_not_displace_each_other(
     asynchronous: bool, clock: Clock, monkeypatch: pytest.MonkeyPatch
