@@ -13,8 +13,9 @@ does after a step; the API server's side has an event loop (uvloop). No model an
 - thread: as columns, but a thread of the engine's sorts, encodes and writes, not the main loop.
 - lean: as columns, and the scheduler hands over columns, too (`scheduling/lean.py`).
 
+On every way each output ends as a token beside whoever asked for it, looked up in the event loop.
 CPU is each process's own clock, all threads, per step, less what the same pace costs with nothing
-to send. Latency is from handing over to having it in the event loop. The ways take turns.
+to send. Latency is from handing over to that lookup. The ways take turns.
 """
 
 from __future__ import annotations
@@ -117,10 +118,11 @@ class _Engine:
             due += pace
             if (left := due - time.monotonic()) > 0:
                 time.sleep(left)
-            # A copy: whoever takes columns out of it changes the list.
+            # A copy: whoever takes columns out of it changes the list. The lean step hands over the
+            # same list of ids as long as the batch is the same.
             made: Any = list(pool[step % len(pool)])
             if way == "lean":
-                made = PlainOutputs(list(ids), made, [], EngineCoreOutput)
+                made = PlainOutputs(ids, made, [], EngineCoreOutput)
             outputs = EngineCoreOutputs(outputs=made)
             if box is not None:
                 box.put_nowait((0, outputs))
@@ -199,9 +201,16 @@ async def _serve(addresses: dict[str, str], number: int, commands: Any) -> None:
     loop = asyncio.get_running_loop()
     latencies: dict[str, list[float]] = {way: [] for way in WAYS}
 
+    states = {f"chatcmpl-{slot:016x}-{slot:08x}": slot for slot in range(number)}
+
     async def read(way: str, client: Any) -> None:
+        tokens = 0
         while True:
             outputs = await AsyncMPClient.get_output_async(client)
+            # As vLLM's `OutputProcessor.process_outputs` begins with each.
+            for output in outputs.outputs:
+                if states.get(output.request_id) is not None:
+                    tokens += 1
             latencies[way].append(time.monotonic() - outputs.timestamp)
 
     tasks, rings_of = [], []

@@ -94,7 +94,7 @@ class Frontend:
                 self._send(messages.OUTPUTS, frames)
             return True
         step = messages.Step(outputs.timestamp, slots, tokens, ends or None)
-        if slots == self._last_slots:
+        if slots is self._last_slots or slots == self._last_slots:
             step.slots = None
         else:
             self._last_slots = slots
@@ -109,7 +109,7 @@ class Frontend:
     def _columns(self, made: PlainOutputs) -> tuple[list[int], list[int]]:
         """Slots and tokens of plain outputs; nothing, where some were never looked at."""
         ids, slots = self._plain
-        if made.ids != ids:
+        if made.ids is not ids and made.ids != ids:
             slot_of = self.slots.get
             slots = [slot_of(id_, -1) for id_ in made.ids]
             if min(slots) < 0:

@@ -127,6 +127,8 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
         self._reason = obstacle(self)
         self._steps: dict[int, tuple[Any, list[Any], dict[str, int]]] = {}
         """id of a `SchedulerOutput` → itself, requests that it has plainly, vLLM's share of it."""
+        self._ids: dict[int, list[str]] = {}
+        """Client → ids of its last plain outputs."""
         self._host: PolicyHost | None = None
         self._follow(config.current())
         if self._reason:
@@ -437,6 +439,10 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
             theirs = outputs.pop(client, None)
             if theirs is None:
                 theirs = EngineCoreOutputs()
+            if ids == self._ids.get(client):
+                ids = self._ids[client]  # the same list, so that nobody compares them again
+            else:
+                self._ids[client] = ids
             made = PlainOutputs(ids, tokens, theirs.outputs, EngineCoreOutput)
             theirs.outputs = made if self.sends_columns else made.whole()
             joined[client] = theirs
