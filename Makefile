@@ -15,7 +15,7 @@ BIN = $(VENV)/bin
 SETUP = $(PYTHON) tools/setup_env.py --vllm $(VLLM) --venv $(VENV) $(if $(CPU),--cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup environment wheels serve test test-all test-modes stress bench lint format types doctor lock \
+.PHONY: help setup environment wheels triton serve test test-all test-modes stress bench lint format types doctor lock \
         clean distclean
 
 help: ## this list
@@ -36,10 +36,14 @@ environment:
 wheels: environment
 	@if [ -f tools/fetch_wheels.py ]; then $(BIN)/python tools/fetch_wheels.py; fi
 
+# Triton, beside the environment: GPU kernels are tested in its interpreter. Without it, skipped.
+triton: environment
+	@-$(BIN)/python tools/fetch_triton.py
+
 serve: environment ## serve the demo model: PORT=8000, ARGS="more options of vllm serve"
 	@exec $(BIN)/python tools/serve_demo.py --port $(PORT) -- $(ARGS)
 
-test: environment wheels ## all tests: TESTS="tests/test_x.py", PYTEST_ARGS="-x -k name", VLLM=0.30.0
+test: environment wheels triton ## all tests: TESTS="tests/test_x.py", PYTEST_ARGS="-x -k name", VLLM=0.30.0
 	$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
 
 test-all: ## all tests on every version of vLLM that has a lock file

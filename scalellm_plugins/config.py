@@ -136,6 +136,9 @@ class QuantizationConfig(msgspec.Struct, frozen=True, kw_only=True):
     keep_8bit: Annotated[
         str | None, Meta(description="layers that scalellm_int4 keeps in 8 bits, likewise")
     ] = None
+    gpu: Annotated[
+        bool, Meta(description="allow GPUs: their kernels have only run in Triton's interpreter")
+    ] = False
 
 
 class SimConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -46,6 +46,33 @@ def test_only_linear_layers_are_touched(configs: Any) -> None:
         method.get_quant_method(RoutedExperts(), "model.layers.0.mlp.experts")
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, r"no GPU has run them yet\. To try them: --scalellm\.quantization\.gpu"),
+        ({"gpu": True}, r"scalellm_int4: Triton is not installed\."),
+    ],
+)
+def test_a_gpu_must_be_asked_for(
+    configs: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, bool], said: str
+) -> None:
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.platforms import current_platform
+
+    class Linear(LinearBase):
+        """By kind, as vLLM's."""
+
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+            self.input_size = self.output_size = 256
+
+    monkeypatch.setattr(type(current_platform), "device_type", "cuda")
+    method = configs.Int4Config()
+    method._options = QuantizationConfig(**options)
+    with pytest.raises(ConfigError, match=said):
+        method.get_quant_method(Linear(), "model.layers.0.mlp.down_proj")
+
+
 def test_a_checkpoint_that_is_quantized_already(configs: Any) -> None:
     with pytest.raises(ConfigError, match=r"quantized already \('awq'\)"):
         configs.Int4Config.from_config({"quant_method": "awq"})

@@ -40,3 +40,17 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     """Return x [M, K] times weight [N, K] transposed, plus bias [N]."""
     product = x.double() @ weight.double().T
     return product if bias is None else product + bias.double()
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None
+) -> torch.Tensor:
+    """Return x [M, K], plus residual [M, K], over the root of its mean square, times weight [K]."""
+    wide = x.double() if residual is None else x.double() + residual.double()
+    return wide / (wide.square().mean(dim=1, keepdim=True) + epsilon).sqrt() * weight.double()
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """Return SiLU of the first half of x [M, 2 K], times the second half."""
+    gate, up = x.double().chunk(2, dim=1)
+    return gate * torch.sigmoid(gate) * up

@@ -1,5 +1,8 @@
 """Which kernels this process has: by device, by instruction set, by what is registered.
 
+GPUs have Triton's, for 16-bit rows and for rows rounded to 8 bits. CPUs round rows wherever that is
+faster, so there both are the same.
+
 vLLM has three builds of its CPU ops, and loads the one for the processor: AVX512 with bf16 dot
 products (or AMX), AVX512, AVX2. The last two lack the ops for 4-bit weights; for AVX2 torch's stand
 in.
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 from typing import Literal, Protocol
 
 import torch
@@ -40,8 +44,10 @@ def load_vllm_ops() -> None:
 
 def missing(kind: Kind, device: str = "cpu") -> str:
     """Return why weights of this kind cannot be multiplied on a device; "" where they can."""
+    if device == "cuda" and torch.version.hip is None:
+        return "" if importlib.util.find_spec("triton") else "Triton is not installed"
     if device != "cpu":
-        return f"there are no {kind} kernels for the device {device!r} yet, only for CPUs"
+        return f"there are no {kind} kernels for the device {device!r}, only for CPUs and NVIDIA's"
     if preferred():
         return ""
     absent = [name for name in _NEEDS[kind] if not hasattr(torch.ops._C, name)]
@@ -52,13 +58,21 @@ def missing(kind: Kind, device: str = "cpu") -> str:
     )
 
 
-def fits(kind: Kind, out_features: int, in_features: int, group: int = 0) -> bool:
+def fits(
+    kind: Kind, out_features: int, in_features: int, group: int = 0, device: str = "cpu"
+) -> bool:
     """Whether a weight [out_features, in_features] has a shape that the kernels take."""
     if kind == "int8":
         return out_features > 0 and in_features > 0
+    if device == "cuda":  # int4_weight_only.fits: not to be imported without Triton
+        return group > 0 and in_features % 128 == 0 and (128 % group == 0 or group % 128 == 0)
     if preferred() and group not in (32, 64, 128, 256):
         return False
     return group > 0 and group % 32 == 0 and in_features % group == 0
+
+
+def _on_gpu(tensor: torch.Tensor) -> bool:
+    return bool(tensor.is_cuda)
 
 
 class Kernel(Protocol):
@@ -70,8 +84,17 @@ class Kernel(Protocol):
         """Return y [M, N] for x [M, K] of the model's dtype, and bias float32 [N]."""
 
 
-def int8(q: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> Kernel:
-    """Pack 8-bit weights [N, K] for the kernel that is fastest with them here."""
+def int8(
+    q: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, round_rows: bool = False
+) -> Kernel:
+    """Pack 8-bit weights [N, K] for the kernel that is fastest with them here.
+
+    `round_rows`: multiply rows that are rounded to 8 bits, too, where one may choose.
+    """
+    if _on_gpu(q):
+        from .gpu import linear
+
+        return (linear.GpuRoundedRows if round_rows else linear.GpuInt8)(q, scales)
     if preferred():
         return Int8WeightOnly(q, scales, dtype)
     return Int8Packed(q, scales) if fits_packed(q, dtype) else Int8Linear(q, scales, dtype)
@@ -85,6 +108,10 @@ def int4(
     dtype: torch.dtype,
 ) -> Kernel:
     """Pack 4-bit weights [N, K] in groups. Which op multiplies depends on the rows, too."""
+    if _on_gpu(q):
+        from .gpu import linear
+
+        return linear.GpuInt4(q, zeros, multipliers, steps)
     if preferred():
         return Int4WeightOnly(q, zeros, multipliers, steps, dtype)
     return Int4Linear(q, zeros, multipliers, steps)

@@ -46,8 +46,8 @@ class OnlineConfig(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Return the least CUDA capability; what there is for GPUs is checked layer by layer."""
-        return 0
+        """Return the least CUDA capability: bfloat16 on tensor cores. CPUs are not asked."""
+        return 80
 
     @staticmethod
     def get_config_filenames() -> list[str]:
@@ -75,6 +75,7 @@ class OnlineConfig(QuantizationConfig):  # type: ignore[misc]
         """
         # Here: only the process that makes the model needs layers, 0.7 s of imports.
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.platforms import current_platform
 
         from .methods import QuantizedLinear
 
@@ -86,18 +87,23 @@ class OnlineConfig(QuantizationConfig):  # type: ignore[misc]
         names = rules.names_of(prefix, self.packed_modules_mapping)
         width = getattr(layer, "input_size_per_partition", layer.input_size)
         height = getattr(layer, "output_size_per_partition", layer.output_size)
-        plan = rules.plan(self.method, self._options, names, height, width)
+        device = current_platform.device_type
+        plan = rules.plan(self.method, self._options, names, height, width, device)
         self._say(prefix, plan)
         if plan.bits == 16:
             return UnquantizedLinearMethod()
-        self._require_kernels("int4" if plan.bits == 4 else "int8")
+        self._require_kernels("int4" if plan.bits == 4 else "int8", device)
         return QuantizedLinear(plan, self._options)
 
-    def _require_kernels(self, kind: registry.Kind) -> None:
-        from vllm.platforms import current_platform
-
+    def _require_kernels(self, kind: registry.Kind, device: str) -> None:
+        if device != "cpu" and not self._options.gpu:
+            raise ConfigError(
+                f"--quantization {self.method} on {device!r}: the kernels for GPUs are right in "
+                "Triton's interpreter and compile for sm_80, sm_89 and sm_90, but no GPU has run "
+                "them yet. To try them: --scalellm.quantization.gpu true; otherwise drop it."
+            )
         registry.load_vllm_ops()
-        why = registry.missing(kind, current_platform.device_type)
+        why = registry.missing(kind, device)
         if why:
             raise ConfigError(f"--quantization {self.method}: {why}. Drop it, or serve on a CPU.")
 
@@ -116,13 +122,13 @@ class OnlineConfig(QuantizationConfig):  # type: ignore[misc]
 
 
 class Int8Config(OnlineConfig):
-    """8-bit weights; activations as is fastest: on CPUs 8 bits, too, without AVX512 16."""
+    """8-bit weights; activations in 8 bits on CPUs with AVX512, in 16 on others and on GPUs."""
 
     method = "scalellm_int8"
 
 
 class W8A8Config(OnlineConfig):
-    """8-bit weights, and 8-bit activations: on CPUs, so far, the same as `Int8Config`."""
+    """8-bit weights, and 8-bit activations: on CPUs the same as `Int8Config`."""
 
     method = "scalellm_w8a8"
 

@@ -45,7 +45,7 @@ class QuantizedLinear(LinearMethodBase):  # type: ignore[misc]
     def _pack(self, weight: torch.Tensor) -> registry.Kernel:
         if self._plan.bits == 8:
             eight = weights.to_int8(weight)
-            return registry.int8(eight.q, eight.scales, weight.dtype)
+            return registry.int8(eight.q, eight.scales, weight.dtype, self._plan.round_rows)
         four = weights.to_int4(
             weight,
             self._plan.group,

@@ -26,6 +26,8 @@ class Plan:
     bits: Literal[4, 8, 16]
     group: int = 0
     why: str = ""
+    round_rows: bool = False
+    """Whether activations get 8 bits, too, where the device leaves a choice."""
 
 
 def patterns(text: str | None) -> tuple[str, ...]:
@@ -53,16 +55,17 @@ def plan(
     names: Sequence[str],
     out_features: int,
     in_features: int,
+    device: str = "cpu",
 ) -> Plan:
     """Return what becomes of a linear layer whose share on this device is [out, in] features."""
     if matches(names, patterns(options.skip)):
         return Plan(16, why="scalellm.quantization.skip")
     if method != "scalellm_int4":
-        return Plan(8)
+        return Plan(8, round_rows=method == "scalellm_w8a8")
     if matches(names, patterns(options.keep_8bit)):
         return Plan(8, why="scalellm.quantization.keep_8bit")
     group = group_for(in_features, options.group_size)
-    if not registry.fits("int4", out_features, in_features, group):
+    if not registry.fits("int4", out_features, in_features, group, device):
         return Plan(8, why=f"no group fits {in_features} inputs")
     return Plan(4, group)
 

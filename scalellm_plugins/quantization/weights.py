@@ -56,8 +56,8 @@ def group_for(in_features: int, wanted: int) -> int:
 def to_int8(weight: torch.Tensor) -> Int8Weight:
     """Round a weight [N, K] to 8 bits, one symmetric scale per channel; zeros stay zeros."""
     channels, width = weight.shape
-    q = torch.empty((channels, width), dtype=torch.int8)
-    scales = torch.empty(channels, dtype=torch.float32)
+    q = torch.empty((channels, width), dtype=torch.int8, device=weight.device)
+    scales = torch.empty(channels, dtype=torch.float32, device=weight.device)
     for rows in _chunks(channels, width):
         part = weight[rows].to(torch.float32, copy=True)
         # A number that bfloat16 has, too: some kernels take the scale so.
@@ -80,10 +80,10 @@ def to_int4(
     channels, width = weight.shape
     groups = width // group
     found = Int4Weight(
-        torch.empty((channels, width), dtype=torch.uint8),
-        torch.empty((channels, groups), dtype=torch.int8),
-        torch.empty((channels, groups), dtype=torch.int8),
-        torch.empty(channels, dtype=torch.float32),
+        torch.empty((channels, width), dtype=torch.uint8, device=weight.device),
+        torch.empty((channels, groups), dtype=torch.int8, device=weight.device),
+        torch.empty((channels, groups), dtype=torch.int8, device=weight.device),
+        torch.empty(channels, dtype=torch.float32, device=weight.device),
     )
     ratios = RATIOS if search else RATIOS[:1]
     for rows in _chunks(channels, width):
