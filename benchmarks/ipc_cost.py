@@ -5,6 +5,8 @@
 Two processes. The engine side hands over `EngineCoreOutputs` at a steady pace, as vLLM's main loop
 does after a step; the API server's side has an event loop (uvloop). No model and no HTTP.
 
+- wake: nothing but a byte in a pipe and its reader's wake-up: what any way between two processes
+  that sleep pays at least.
 - vllm: vLLM's own code on both sides: `EngineCoreProc.process_output_sockets` in its thread (ZMQ,
   vLLM's encoder), `AsyncMPClient`'s task that reads, decodes and queues.
 - ring: `engine/outbox.py` in the main loop, `frontends/merged_socket.py` in vLLM's task: objects
@@ -30,6 +32,7 @@ import os
 import platform
 import queue
 import statistics
+import struct
 import tempfile
 import threading
 import time
@@ -38,8 +41,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-WAYS = ("idle", "vllm", "ring", "columns", "thread", "lean")
-_OURS = WAYS[2:]
+WAYS = ("idle", "wake", "vllm", "ring", "columns", "thread", "lean")
+_OURS = WAYS[3:]
 _WARM = 50
 
 
@@ -85,10 +88,11 @@ class _Engine:
             args=([addresses["vllm"]], None, 0),
             daemon=True,
         ).start()
-        self.boxes: dict[str, Any] = {"vllm": self.upstream.output_queue}
+        self.boxes: dict[str, Any] = {"vllm": self.upstream.output_queue, "wake": self}
+        self._wakes = addresses["wake"]
+        self._pipe = -1
         wake = os.eventfd(0)
         listeners = {way: peers.listen(addresses[way], 0) for way in _OURS}
-        print("listening", flush=True)
         for way, listener in listeners.items():
             listener.setblocking(True)
             peer = peers.accept(listener, 0, 0)
@@ -99,6 +103,12 @@ class _Engine:
             outbox.connect(0, frontend)
             peers.welcome(peer, 0, wake)
             self.boxes[way] = outbox if way != "thread" else _behind(outbox)
+
+    def put_nowait(self, item: Any) -> None:
+        """For "wake": say when, and nothing else."""
+        if self._pipe < 0:
+            self._pipe = os.open(self._wakes, os.O_WRONLY)
+        os.write(self._pipe, struct.pack("d", item[1].timestamp))
 
     def run(self, way: str, number: int, steps: int, pace: float) -> float:
         """Hand over steps; return CPU seconds, objects not counted."""
@@ -213,8 +223,15 @@ async def _serve(addresses: dict[str, str], number: int, commands: Any) -> None:
                     tokens += 1
             latencies[way].append(time.monotonic() - outputs.timestamp)
 
+    pipe = os.open(addresses["wake"], os.O_RDONLY | os.O_NONBLOCK)
+
+    def on_wake() -> None:
+        (timestamp,) = struct.unpack("d", os.read(pipe, 8))
+        latencies["wake"].append(time.monotonic() - timestamp)
+
+    loop.add_reader(pipe, on_wake)
     tasks, rings_of = [], []
-    for way in WAYS[1:]:
+    for way in ("vllm", *_OURS):
         client = _client(addresses[way])
         if way != "vllm":
             rings: Any = EngineRings.connect(client)
@@ -272,6 +289,8 @@ def measure(number: int, rounds: int, steps: int, pace: float) -> dict[str, dict
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         addresses = {way: f"ipc://{folder}/{way}" for way in WAYS}
+        addresses["wake"] = f"{folder}/wake"
+        os.mkfifo(addresses["wake"])
         engine_end, engine_commands = context.Pipe()
         frontend_end, frontend_commands = context.Pipe()
         engine = context.Process(target=_engine, args=(addresses, number, engine_commands))
@@ -299,6 +318,7 @@ def measure(number: int, rounds: int, steps: int, pace: float) -> dict[str, dict
             end.send(None)
         for process in (engine, frontend):
             process.join(10)
+    # Short rounds, and medians of them: the machine's own pace changes from second to second.
     base = [statistics.median(pair[side] for pair in cpu["idle"]) for side in (0, 1)]
     found = {}
     for way in WAYS[1:]:
@@ -332,8 +352,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--outputs", default="1,64,256,1024", help="outputs of a step")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=400, help="steps a round")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=100, help="steps a round")
     parser.add_argument("--pace", type=float, default=5.0, help="ms from step to step")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     options = parser.parse_args(argv)

@@ -110,4 +110,4 @@ def counters(channels: int, device: torch.device) -> torch.Tensor:
 
     Products of one weight are made one after the other on one stream, as in a model.
     """
-    return torch.zeros(triton.cdiv(channels, 64) * 2, dtype=torch.int32, device=device)
+    return torch.zeros(triton.cdiv(channels, 64), dtype=torch.int32, device=device)
