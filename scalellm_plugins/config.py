@@ -136,6 +136,9 @@ class QuantizationConfig(msgspec.Struct, frozen=True, kw_only=True):
     keep_8bit: Annotated[
         str | None, Meta(description="layers that scalellm_int4 keeps in 8 bits, likewise")
     ] = None
+    lm_head_8bit: Annotated[
+        bool, Meta(description="8 bits for the output layer, too: much of a small model's weights")
+    ] = False
     gpu: Annotated[
         bool, Meta(description="allow GPUs: their kernels have only run in Triton's interpreter")
     ] = False

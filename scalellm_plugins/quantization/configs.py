@@ -75,19 +75,25 @@ class OnlineConfig(QuantizationConfig):  # type: ignore[misc]
         """
         # Here: only the process that makes the model needs layers, 0.7 s of imports.
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
         from vllm.platforms import current_platform
 
-        from .methods import QuantizedLinear
+        from .methods import QuantizedHead, QuantizedLinear
 
         if any(kind.__name__ == _EXPERTS for kind in type(layer).__mro__):
             rules.refuse_experts(self.method, self._options, prefix)
             return None
+        device = current_platform.device_type
+        if isinstance(layer, ParallelLMHead) and self._options.lm_head_8bit:
+            plan = rules.Plan(8, round_rows=self.method == "scalellm_w8a8")
+            self._say(prefix, plan)
+            self._require_kernels("int8", device)
+            return QuantizedHead(plan, self._options)
         if not isinstance(layer, LinearBase):
             return None  # embeddings, lm_head and the KV cache stay as they are
         names = rules.names_of(prefix, self.packed_modules_mapping)
         width = getattr(layer, "input_size_per_partition", layer.input_size)
         height = getattr(layer, "output_size_per_partition", layer.output_size)
-        device = current_platform.device_type
         plan = rules.plan(self.method, self._options, names, height, width, device)
         self._say(prefix, plan)
         if plan.bits == 16:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.linear import LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from scalellm_plugins.config import QuantizationConfig
 from scalellm_plugins.kernels import registry
@@ -24,7 +25,7 @@ class QuantizedLinear(LinearMethodBase):  # type: ignore[misc]
     def __init__(self, plan: Plan, options: QuantizationConfig) -> None:
         self._plan = plan
         self._options = options
-        self._plain = UnquantizedLinearMethod()
+        self._plain: Any = UnquantizedLinearMethod()
 
     def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         """Make `layer.weight` [N, K] in the model's dtype, as without quantization."""
@@ -65,3 +66,16 @@ class QuantizedLinear(LinearMethodBase):  # type: ignore[misc]
             return kernel(x, bias)
         y = kernel(x.reshape(-1, x.shape[-1]), bias)
         return y.view(*x.shape[:-1], kernel.out_features)
+
+
+class QuantizedHead(QuantizedLinear):
+    """The output layer in 8 bits. Where its weight is the embedding's, that stays as it is."""
+
+    def __init__(self, plan: Plan, options: QuantizationConfig) -> None:
+        super().__init__(plan, options)
+        self._plain = UnquantizedEmbeddingMethod()
+
+    def tie_weights(self, layer: torch.nn.Module, embedding: torch.nn.Module) -> torch.nn.Module:
+        """Have the layer take the embedding's weight when all are loaded."""
+        tied: torch.nn.Module = self._plain.tie_weights(layer, embedding)
+        return tied
