@@ -7,7 +7,7 @@ from pathlib import Path
 
 from scalellm_plugins.errors import CheckpointError
 
-from .recipe import CHANNEL, GROUP_SIZES, SCHEMES, Recipe
+from .recipe import CHANNEL, GROUP_SIZES, METHODS, SCHEMES, Recipe
 
 ABOUT = """\
 Write a smaller copy of a model that any server loads, without this package: fewer layers, narrower
@@ -19,6 +19,7 @@ EXAMPLES = """\
 examples:
   scalellm compress MODEL OUT --scheme int4
   scalellm compress MODEL OUT --scheme w8a8 --ignore '*.down_proj' --calibration chats.jsonl
+  scalellm compress MODEL OUT --scheme int4 --method gptq --calibration chats.jsonl
   scalellm compress MODEL OUT --drop-layers 4 --prune-ffn 0.25 --calibration text.txt
   vllm serve OUT"""
 
@@ -60,6 +61,14 @@ def _add_schemes(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="linear layers that keep their dtype, such as '*.down_proj'; may be repeated. lm_head "
         "and the embedding always do",
+    )
+    schemes.add_argument(
+        "--method",
+        choices=METHODS,
+        default="",
+        help="with llm-compressor, in an environment of its own, and --calibration: "
+        + "; ".join(f"{name} {about}" for name, (_, about) in METHODS.items())
+        + ". Default: the scales with which the weights' own error is least",
     )
 
 
@@ -132,6 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
         ignore=tuple(arguments.ignore),
         drop_layers=arguments.drop_layers,
         prune_ffn=arguments.prune_ffn,
+        method=arguments.method,
         tokens=arguments.calibration_tokens,
     )
     job = work.Job(

@@ -33,6 +33,14 @@ SCHEMES: Mapping[str, Scheme] = {
 }
 
 
+METHODS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "gptq": (("int4", "int8", "w8a8"), "rounds a column after the other, each mending the last"),
+    "awq": (("int4", "int8"), "scales channels by what they carry, before rounding"),
+    "sparsegpt": ((), "no integers: two of four weights become zeros (2:4), the others mend it"),
+}
+"""What llm-compressor does with calibration text: the schemes that it goes with, and about it."""
+
+
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The options that decide what OUT holds; a run may go on only with the same ones.
 
@@ -43,6 +51,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ignore: shell patterns of modules that keep their dtype ("*.down_proj").
         drop_layers: decoder layers to drop.
         prune_ffn: share of the MLPs' channels to cut, 0 ≤ R < 1.
+        method: one of METHODS, by which scales (or zeros) are found; "": by the weights alone.
         text: SHA-256 of the calibration text; "" without one.
         tokens: tokens of it that the choice of layers and channels rests on.
     """
@@ -53,6 +62,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ignore: tuple[str, ...] = ()
     drop_layers: int = 0
     prune_ffn: float = 0.0
+    method: str = ""
     text: str = ""
     tokens: int = 0
 
@@ -68,7 +78,9 @@ def check(recipe: Recipe) -> Recipe:
     Raises:
         ConfigError: an option is out of range, or two do not go together.
     """
-    if not (recipe.scheme or recipe.selects):
+    if recipe.method:
+        _check_method(recipe)
+    elif not (recipe.scheme or recipe.selects):
         raise ConfigError(
             f"nothing to do: give --scheme ({', '.join(SCHEMES)}), --drop-layers or --prune-ffn"
         )
@@ -85,9 +97,27 @@ def check(recipe: Recipe) -> Recipe:
     return _check_scheme(recipe)
 
 
+def _check_method(recipe: Recipe) -> None:
+    schemes, _ = METHODS[recipe.method]
+    if recipe.selects:
+        raise ConfigError(
+            f"--method {recipe.method} and pruning are two runs: --drop-layers and --prune-ffn "
+            "first, then --method on what that has written"
+        )
+    if recipe.scheme not in (schemes or ("",)):
+        wanted = f"--scheme {' or '.join(schemes)}" if schemes else "no --scheme"
+        given = f"--scheme {recipe.scheme}" if recipe.scheme else "none was given"
+        raise ConfigError(f"--method {recipe.method} goes with {wanted}; {given}")
+    if not recipe.text:
+        raise ConfigError(
+            f"--method {recipe.method} looks at what the model does with text: give --calibration "
+            "FILE (.txt, or .jsonl with a conversation on each line) of the kind it will serve"
+        )
+
+
 def _check_scheme(recipe: Recipe) -> Recipe:
     if not recipe.scheme:
-        if recipe.ignore or not recipe.symmetric:
+        if (recipe.ignore and not recipe.method) or not recipe.symmetric:
             raise ConfigError("--ignore and --asymmetric change how --scheme works: give one")
         return recipe
     scheme = SCHEMES[recipe.scheme]
@@ -111,6 +141,7 @@ _OPTIONS = {
     "ignore": "--ignore",
     "drop_layers": "--drop-layers",
     "prune_ffn": "--prune-ffn",
+    "method": "--method",
     "text": "--calibration (its content)",
     "tokens": "--calibration-tokens",
 }

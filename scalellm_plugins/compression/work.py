@@ -51,6 +51,10 @@ def compress(job: Job) -> report.Report:
     """
     journal.refuse_existing(job.out)
     recipe = _with_text(job)
+    if recipe.method:
+        from . import calibrated
+
+        calibrated.require(recipe.method)
     checkpoint = open_checkpoint(find_model(job.model))
     _check_room(checkpoint, recipe, job.out)
     work = journal.begin(job.out, recipe, checkpoint.folder, checkpoint.fingerprint())
@@ -97,6 +101,8 @@ def _run(checkpoint: Checkpoint, recipe: Recipe, job: Job, work: Journal) -> rep
     from . import writer  # torch
 
     text = _text(checkpoint, job)
+    if recipe.method:
+        return _run_calibrated(checkpoint, recipe, job, work, text)
     selection = work.selection or _select(checkpoint, recipe, text)
     work.select(selection)
     steps = plan.steps(checkpoint, recipe, selection)
@@ -109,6 +115,29 @@ def _run(checkpoint: Checkpoint, recipe: Recipe, job: Job, work: Journal) -> rep
         reason = "no --calibration text to measure with" if job.measure else "--no-measure"
         measured = {"quality_skipped": reason, "speed_skipped": reason}
     found = report.make(checkpoint, recipe, selection, steps, versions=_versions(), **measured)
+    report.save(found, work.folder)
+    return found
+
+
+def _run_calibrated(
+    checkpoint: Checkpoint, recipe: Recipe, job: Job, work: Journal, text: Text | None
+) -> report.Report:
+    """The same by llm-compressor, which writes a checkpoint as a whole: no half of it is kept."""
+    from . import calibrated
+
+    assert text is not None, "check() refuses a method without text"
+    shutil.rmtree(work.folder)
+    work.folder.mkdir()
+    ignored = plan.ignored_modules(checkpoint, recipe)
+    calibrated.write(checkpoint.folder, recipe, ignored, text.chosen_by, work.folder)
+    measured: dict[str, Any] = {"quality_skipped": "--no-measure", "speed_skipped": "--no-measure"}
+    if job.measure:
+        measured = _measure(checkpoint, recipe, text, work)
+    selection = Selection(tuple(range(checkpoint.layers)))
+    steps = plan.steps(checkpoint, recipe, selection)
+    found = report.make(checkpoint, recipe, selection, steps, versions=_versions(), **measured)
+    written = sum(path.stat().st_size for path in work.folder.glob("*.safetensors"))
+    found = msgspec.structs.replace(found, bytes=(checkpoint.nbytes, written))
     report.save(found, work.folder)
     return found
 
@@ -170,7 +199,14 @@ def find_model(model: str) -> Path:
 
 
 def _versions() -> dict[str, str]:
-    names = ("scalellm-plugins", "torch", "transformers", "safetensors", "compressed-tensors")
+    names = (
+        "scalellm-plugins",
+        "torch",
+        "transformers",
+        "safetensors",
+        "compressed-tensors",
+        "llmcompressor",
+    )
     found = {"python": sys.version.split()[0]}
     for name in names:
         try:
