@@ -41,9 +41,9 @@ FEATURES: dict[str, Feature] = {
         Feature(
             "frontend",
             "HTTP workers that follow demand, replaced when they die; a fast lane in each",
-            "partial",
+            "ready",
         ),
-        Feature("ipc", "shared-memory columns between frontends and the engine", "partial"),
+        Feature("ipc", "shared-memory columns between frontends and the engine", "ready"),
         Feature(
             "scheduler",
             "a lean decode step for an eighth of the CPU; policies, deadlines, tenants' limits",
