@@ -48,16 +48,17 @@ ROW = {"x": "*bf16", "residual": "*bf16", "weight": "*bf16", "epsilon": "fp32", 
 def cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], int, int]]:
     """Name, kernel, types, constants, warps, the least architecture."""
     found: list[Any] = []
-    for rows, channels, split in ((16, 64, 4), (64, 128, 1)):
+    for rows, channels, split in ((16, 64, 4), (32, 64, 4), (64, 128, 1), (128, 128, 1)):
         tile = {"SPLIT": split, "ROWS": rows, "CHANNELS": channels, "HAS_BIAS": True}
-        warps = 4 if rows == 16 else 8
+        warps = 4 if rows <= 32 else 8
         four = {**tile, "GROUP": 128}
-        found.append(("int4", int4_weight_only._multiply, PRODUCT, four, warps, 80))
+        if rows <= 64:
+            found.append(("int4", int4_weight_only._multiply, PRODUCT, four, warps, 80))
         eight = {**tile, "STEP": int8_weight_only.STEP}
         types = {**PRODUCT, "q": "*i8"}
         found.append(("int8", int8_weight_only._multiply, types, eight, warps, 80))
         for kind, least in (("i8", 80), ("fp8e4nv", 89)):
-            few = rows == 16
+            few = rows <= w8a8.FUSED
             types = {**PRODUCT, "weight": f"*{kind}", "x": "*bf16" if few else f"*{kind}"}
             constants = {**tile, "ROUND": few, "STEP": w8a8.STEP}
             found.append((f"w8a8 {kind}", w8a8._multiply, types, constants, warps, least))

@@ -87,7 +87,7 @@ def test_every_zero_and_multiplier(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("rows", "channels", "width"), [(1, 70, 1000), (3, 96, 130), (16, 1, 64), (70, 130, 257)]
+    ("rows", "channels", "width"), [(1, 70, 1000), (3, 96, 130), (16, 1, 64), (140, 130, 257)]
 )
 def test_int8(rows: int, channels: int, width: int, dtype: torch.dtype) -> None:
     eight = weights.to_int8(random(channels, width))

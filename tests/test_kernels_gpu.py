@@ -66,11 +66,11 @@ def test_products_are_the_tensor_cores_own(compiled: list[dict[str, Any]]) -> No
             assert not kinds, one
         elif one["kernel"] == "w8a8 i8":
             assert "s8.s8" in kinds, one
-        elif one["kernel"] == "w8a8 fp8e4nv" and one["rows"] == 64:
+        elif one["kernel"] == "w8a8 fp8e4nv" and one["rows"] >= 64:
             assert "e4m3" in kinds, one
         else:
             assert kinds, one
-        if one["sm"] == 90 and one["rows"] == 64:
+        if one["sm"] == 90 and (one["rows"] or 0) >= 64:
             assert "wgmma" in kinds, one
 
 

@@ -111,7 +111,8 @@ def int4_weight_only(
     y = x.new_empty((rows, channels))
     if rows == 0:
         return y
-    shape = split_k.Shape(rows, channels, width // BLOCK, x.device)
+    # Two sums for each product, one of them of a group: no registers for taller tiles.
+    shape = split_k.Shape(rows, channels, width // BLOCK, x.device, tallest=64)
     parts = split_k.workspace(shape, rows, channels, x)
     _multiply[shape.grid](
         x,

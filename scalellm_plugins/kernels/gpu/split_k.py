@@ -76,10 +76,13 @@ class Shape:
         rows, channels: of y.
         steps: into how many steps of a program's loop K falls: no more parts than that.
         device: whose number of multiprocessors counts.
+        tallest: rows of a tile at most, as many as its sums have registers for.
     """
 
-    def __init__(self, rows: int, channels: int, steps: int, device: torch.device) -> None:
-        self.rows = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    def __init__(
+        self, rows: int, channels: int, steps: int, device: torch.device, tallest: int = 128
+    ) -> None:
+        self.rows = min(tallest, max(16, triton.next_power_of_2(rows)))
         self.channels = 64 if rows <= 32 else 128
         blocks = triton.cdiv(rows, self.rows) * triton.cdiv(channels, self.channels)
         # Four programs to a multiprocessor hide the memory's latency; more only add parts.
