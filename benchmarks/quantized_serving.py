@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +96,20 @@ def write_model(folder: Path) -> Path:
 
 
 def measure(model: Path, method: str, streams: Sequence[int], tokens: int) -> dict[str, Any]:
-    """Start a server, and return its figures: seconds, GB, tokens per second by streams."""
-    args: tuple[str, ...] = ("--load-format", "dummy", "--enforce-eager", "--max-model-len", "1024")
+    """Start a server that quantizes dummy weights, and return its figures."""
+    args: tuple[str, ...] = ("--load-format", "dummy")
     quantization, _, head = method.partition("+")
     if quantization != "none":
         args += ("--quantization", quantization)
     if head:
         args += ("--scalellm.quantization.lm_head_8bit", "true")
-    env = {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    system = System(method, "", plugins=("scalellm",), args=args, env=env)
+    return figures(System(method, "", plugins=("scalellm",), args=args), model, streams, tokens)
+
+
+def figures(system: System, model: Path, streams: Sequence[int], tokens: int) -> dict[str, Any]:
+    """Start a server, and return its figures: seconds, GB, tokens per second by streams."""
+    args = (*system.args, "--enforce-eager", "--max-model-len", "1024")
+    system = replace(system, args=args, env={"VLLM_CPU_KVCACHE_SPACE": "1"})
     with tempfile.TemporaryDirectory() as folder:
         server = Server(system, Target(model, gpu=None, preset=None), Path(folder))
         try:

@@ -58,8 +58,15 @@ def ask_transformers(examples: list[demo_text.Example], model_path: Path) -> lis
     if not (model_path / "config.json").is_file():
         raise EvaluationError(f"no checkpoint in {model_path}: config.json is missing")
     transformers_logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).eval()
+    return answer(examples, model, tokenizer)
+
+
+def answer(examples: list[demo_text.Example], model: Any, tokenizer: Any) -> list[str]:
+    """Answer with a model of transformers that is loaded, by its tokenizer."""
+    import torch
+
     replies = [""] * len(examples)
     # Neighbours of like length waste little padding.
     prompts = [
@@ -72,6 +79,7 @@ def ask_transformers(examples: list[demo_text.Example], model_path: Path) -> lis
         inputs = tokenizer(
             [prompts[i] for i in chosen],
             padding=True,
+            padding_side="left",
             add_special_tokens=False,
             return_tensors="pt",
             return_token_type_ids=False,

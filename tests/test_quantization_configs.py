@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import nullcontext
+from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,6 +49,18 @@ def test_only_linear_layers_are_touched(configs: Any) -> None:
         method.get_quant_method(RoutedExperts(), "model.layers.0.mlp.experts")
 
 
+def linear() -> torch.nn.Module:
+    """A layer that is linear by its kind, as vLLM's are."""
+    from vllm.model_executor.layers.linear import LinearBase
+
+    class Linear(LinearBase):  # type: ignore[misc]
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+            self.input_size = self.output_size = 256
+
+    return Linear()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -56,21 +71,42 @@ def test_only_linear_layers_are_touched(configs: Any) -> None:
 def test_a_gpu_must_be_asked_for(
     configs: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, bool], said: str
 ) -> None:
-    from vllm.model_executor.layers.linear import LinearBase
     from vllm.platforms import current_platform
-
-    class Linear(LinearBase):
-        """By kind, as vLLM's."""
-
-        def __init__(self) -> None:
-            torch.nn.Module.__init__(self)
-            self.input_size = self.output_size = 256
 
     monkeypatch.setattr(type(current_platform), "device_type", "cuda")
     method = configs.Int4Config()
     method._options = QuantizationConfig(**options)
     with pytest.raises(ConfigError, match=said):
-        method.get_quant_method(Linear(), "model.layers.0.mlp.down_proj")
+        method.get_quant_method(linear(), "model.layers.0.mlp.down_proj")
+
+
+def ops(*lists: tuple[str, ...]) -> SimpleNamespace:
+    """What vLLM's build for some processor registers."""
+    return SimpleNamespace(_C=SimpleNamespace(**dict.fromkeys(chain(*lists), None)))
+
+
+@pytest.mark.parametrize(
+    ("built", "method", "said"),
+    [
+        (
+            (registry._NEEDS["int8"],),  # that for AVX512 without bf16
+            "Int4Config",
+            r"lack int4_scaled_mm_cpu, .* 8 bits work here: --quantization scalellm_int8\.$",
+        ),
+        ((registry._NEEDS["int8"],), "Int8Config", ""),
+        ((), "Int4Config", r"lack int4_scaled_mm_cpu, int8_scaled_mm_with_quant\. Drop it\.$"),
+        ((), "Int8Config", r"lack create_onednn_scaled_mm_handler, .* Drop it\.$"),
+    ],
+)
+def test_a_refusal_names_what_works(
+    configs: Any, monkeypatch: pytest.MonkeyPatch, built: Any, method: str, said: str
+) -> None:
+    monkeypatch.setattr(torch, "ops", ops(*built))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(registry, "load_vllm_ops", lambda: None)
+    made = getattr(configs, method)()
+    with pytest.raises(ConfigError, match=said) if said else nullcontext():
+        assert made.get_quant_method(linear(), "model.layers.0.mlp.down_proj")
 
 
 def test_a_checkpoint_that_is_quantized_already(configs: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -103,3 +105,37 @@ def test_it_answers(
     assert sum(right) >= 0.9 * len(right), list(zip(QUESTIONS, answers, strict=True))
     assert sum(one == two for one, two in zip(same, answers, strict=True)) >= 0.9 * len(right)
     assert sum(one == two for one, two in zip(other, answers, strict=True)) < len(right) / 2
+
+
+def test_two_ranks_share_the_layers(serve: Any) -> None:
+    """A rank rounds its own share: o_proj and down_proj, cut along K, by groups of their own.
+
+    Cores are given to the ranks by hand: by itself vLLM wants a NUMA node for each.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("two ranks need two cores")
+    server = serve(
+        DEMO,
+        *(
+            "--plugins",
+            "scalellm",
+            "--quantization",
+            "scalellm_int4",
+            "--served-model-name",
+            "demo",
+        ),
+        *("--max-model-len", "1024", "--enforce-eager", "--scalellm.strict"),
+        *("--tensor-parallel-size", "2", "--scalellm.quantization.keep_8bit", "*.o_proj"),
+        VLLM_CPU_OMP_THREADS_BIND=f"{cores[0]}|{cores[1]}",
+        VLLM_CPU_KVCACHE_SPACE="1",
+    )
+    log = server.log.read_text()
+    for rank in range(2):
+        said = re.findall(rf"Worker_TP{rank} .* scalellm_int4: (\w+ in . bits)", log)
+        assert {"o_proj in 8 bits", "down_proj in 4 bits"} <= set(said), log
+    answers = [ask(server, "demo", question) for question in QUESTIONS]
+    right = [
+        expected in answer for expected, answer in zip(QUESTIONS.values(), answers, strict=True)
+    ]
+    assert sum(right) >= 0.9 * len(right), list(zip(QUESTIONS, answers, strict=True))

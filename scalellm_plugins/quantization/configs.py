@@ -111,7 +111,10 @@ class OnlineConfig(QuantizationConfig):  # type: ignore[misc]
         registry.load_vllm_ops()
         why = registry.missing(kind, device)
         if why:
-            raise ConfigError(f"--quantization {self.method}: {why}. Drop it, or serve on a CPU.")
+            instead = "Drop it" if device == "cpu" else "Drop it, or serve on a CPU"
+            if kind == "int4" and not registry.missing("int8", device):
+                instead = "8 bits work here: --quantization scalellm_int8"
+            raise ConfigError(f"--quantization {self.method}: {why}. {instead}.")
 
     def _say(self, prefix: str, plan: rules.Plan) -> None:
         """Log what becomes of a kind of layer, such as o_proj, at its first."""

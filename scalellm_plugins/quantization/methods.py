@@ -15,7 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from scalellm_plugins.config import QuantizationConfig
 from scalellm_plugins.kernels import registry
 
-from . import weights
+from . import heap, weights
 from .rules import Plan
 
 
@@ -42,6 +42,10 @@ class QuantizedLinear(LinearMethodBase):  # type: ignore[misc]
         bias = getattr(layer, "bias", None)
         if bias is not None:
             layer.bias_float = bias.data.float()
+        large = weight.device.type == "cpu" and weight.numel() >= heap.SMALLEST
+        del weight  # the last reference, unless the embedding has the same
+        if large:
+            heap.trim()
 
     def _pack(self, weight: torch.Tensor) -> registry.Kernel:
         if self._plan.bits == 8:
