@@ -7,9 +7,10 @@ import gc
 import pytest
 import torch
 
-from scalellm_plugins.kernels import int8_packed, reference, registry
+from scalellm_plugins.kernels import int8_packed, int8_tiles, reference, registry
 from scalellm_plugins.kernels.int8_linear import Int8Linear
 from scalellm_plugins.kernels.int8_packed import Int8Packed
+from scalellm_plugins.kernels.int8_tiles import Int8Tiles
 from scalellm_plugins.quantization import weights
 
 pytestmark = pytest.mark.vllm
@@ -23,19 +24,23 @@ def ops() -> None:
 
 
 def made(
-    channels: int, width: int, dtype: torch.dtype = torch.bfloat16, packed: bool = False
+    channels: int, width: int, dtype: torch.dtype = torch.bfloat16, way: str = "onednn"
 ) -> tuple[registry.Kernel, torch.Tensor]:
     """A kernel, and the weight that it stands for."""
     eight = weights.to_int8(torch.randn(channels, width).to(dtype))
     weight = reference.int8_weight(eight.q, eight.scales)
-    if not packed:
+    if way == "onednn":
         return Int8Linear(eight.q, eight.scales, dtype), weight
+    if way == "tiles":
+        if not int8_tiles.available():
+            pytest.skip("this processor lacks what it needs")
+        return Int8Tiles(eight.q, eight.scales), weight
     if not int8_packed.fits(eight.q, dtype):
         pytest.skip("vLLM's ops for this processor lack it")
     return Int8Packed(eight.q, eight.scales), weight
 
 
-both = pytest.mark.parametrize("packed", [False, True], ids=["onednn", "packed"])
+each = pytest.mark.parametrize("way", ["onednn", "packed", "tiles"])
 
 
 def error(y: torch.Tensor, expected: torch.Tensor) -> float:
@@ -61,22 +66,73 @@ def test_it_is_the_product(channels: int, width: int, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize(("channels", "width"), [(96, 256), (32, 32), (1152, 896)])
 def test_the_packed_one_is_too(channels: int, width: int) -> None:
-    check(*made(channels, width, packed=True), torch.bfloat16)
+    check(*made(channels, width, way="packed"), torch.bfloat16)
 
 
-def test_each_gets_what_it_takes() -> None:
-    """The packed op ends the process with float16, and with channels that fill no block."""
+def test_each_gets_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's packed op ends the process with float16, and with channels that fill no block."""
     eight = weights.to_int8(torch.randn(64, 96))
     assert not int8_packed.fits(eight.q, torch.float16)
     assert not int8_packed.fits(eight.q[:33], torch.bfloat16)
     assert not int8_packed.fits(eight.q[:, :40], torch.bfloat16)
-    assert isinstance(registry.int8(eight.q, eight.scales, torch.float16), Int8Linear)
-    assert isinstance(registry.int8(eight.q[:33], eight.scales[:33], torch.bfloat16), Int8Linear)
+    assert isinstance(registry.int8(eight.q, eight.scales, torch.bfloat16), Int8Packed)
+    for available, kind in ((True, Int8Tiles), (False, Int8Linear)):
+        monkeypatch.setattr(int8_tiles, "available", lambda available=available: available)
+        assert isinstance(registry.int8(eight.q, eight.scales, torch.float16), kind)
+        assert isinstance(registry.int8(eight.q[:33], eight.scales[:33], torch.bfloat16), kind)
+    large = weights.to_int8(torch.randn(1024, 512))
+    assert isinstance(registry.int8(large.q, large.scales, torch.bfloat16), Int8Packed)
+    monkeypatch.setattr(int8_tiles, "available", lambda: True)
+    assert isinstance(registry.int8(large.q, large.scales, torch.bfloat16), Int8Tiles)
 
 
-@both
-def test_a_row_of_zeros_is_the_bias(packed: bool) -> None:
-    kernel, _ = made(64, 96, packed=packed)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("channels", "width"), [(96, 256), (33, 100), (7, 5), (1, 1), (130, 175), (64, 4096)]
+)
+def test_tiles_of_rows_are_too(channels: int, width: int, dtype: torch.dtype) -> None:
+    """Every size of a tile, alone and one after another."""
+    kernel, weight = made(channels, width, dtype, way="tiles")
+    bias = torch.randn(channels)
+    for rows in (*range(1, 15), 33, 49, 130):
+        x = torch.randn(rows, width).to(dtype)
+        exact = reference.quantized_rows(x)
+        for offset in (bias, None):
+            y = kernel(x, offset)
+            assert y.shape == (rows, channels)
+            assert y.dtype == dtype
+            assert error(y, reference.linear(exact, weight, offset)) < 0.01
+
+
+def test_the_largest_sums_of_tiles() -> None:
+    """32 bits hold them: they wrap around and back, where K is large and every factor is 127."""
+    if not int8_tiles.available():
+        pytest.skip("this processor lacks what it needs")
+    width = 100_000
+    kernel = Int8Tiles(torch.full((32, width), 127, dtype=torch.int8), torch.ones(32))
+    y = kernel(torch.cat([torch.ones(1, width), -torch.ones(1, width)]).bfloat16())
+    assert torch.allclose(y[0].float(), torch.tensor(127.0 * width), rtol=0.01)
+    assert torch.equal(y[0], -y[1])
+
+
+def test_tiles_on_one_thread_and_on_more_than_blocks() -> None:
+    kernel, _ = made(96, 128, way="tiles")
+    x = torch.randn(50, 128).bfloat16()
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(kernel(x))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@each
+def test_a_row_of_zeros_is_the_bias(way: str) -> None:
+    kernel, _ = made(64, 96, way=way)
     x = torch.randn(5, 96).bfloat16()
     x[3] = 0
     bias = torch.randn(64)
@@ -84,10 +140,10 @@ def test_a_row_of_zeros_is_the_bias(packed: bool) -> None:
     assert torch.equal(kernel(torch.zeros(1, 96).bfloat16())[0], torch.zeros(64).bfloat16())
 
 
-@both
+@each
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_in_its_row(bad: float, packed: bool) -> None:
-    kernel, _ = made(64, 96, packed=packed)
+def test_what_is_not_finite_stays_in_its_row(bad: float, way: str) -> None:
+    kernel, _ = made(64, 96, way=way)
     x = torch.randn(6, 96).bfloat16()
     good = kernel(x)
     x[2, 5] = bad
@@ -104,17 +160,17 @@ def test_the_kernel_owns_what_it_needs() -> None:
     assert junk
 
 
-@both
-def test_rows_that_are_not_contiguous(packed: bool) -> None:
-    kernel, _ = made(64, 96, packed=packed)
+@each
+def test_rows_that_are_not_contiguous(way: str) -> None:
+    kernel, _ = made(64, 96, way=way)
     wide = torch.randn(4, 192).bfloat16()
     assert torch.equal(kernel(wide[:, ::2]), kernel(wide[:, ::2].contiguous()))
 
 
-@both
-def test_torch_compile_sees_one_op(packed: bool) -> None:
+@each
+def test_torch_compile_sees_one_op(way: str) -> None:
     """The number of rows is not baked into what it compiles."""
-    kernel, _ = made(64, 96, packed=packed)
+    kernel, _ = made(64, 96, way=way)
     bias = torch.randn(64)
     compiled = torch.compile(lambda x: kernel(x, bias) * 2, fullgraph=True, backend="aot_eager")
     for rows in (3, 40):

@@ -5,9 +5,9 @@ step one number per channel. So it is an 8-bit integer times its channel's step,
 at every number of rows (two-level scales as in QServe, arXiv 2405.04532). By rows:
 
 - 1 to 4, bytes bind: vLLM's `int4_scaled_mm_cpu`, from 4-bit weights to registers.
-- to `_PIECES`: the same, four rows at a time; weights come from memory again each time.
 - more, arithmetic binds: `fused.py` unpacks to 8 bits in the cache and multiplies from there.
-  (bfloat16 only; where it is not to be had, the op unpacks block by block, at bf16's speed.)
+- Where that is not to be had, the op again: to `_PIECES` rows four at a time, weights coming from
+  memory each time, and with more rows it unpacks block by block, at bf16's speed.
 
 Layout, that of `int4_scaled_mm_cpu`: blocks of 32 channels by up to 128 of K, a block's bytes
 [K/4, 2, 8, 4] (k, half of the channels, channel, k), low nibble channel c and high nibble channel
@@ -91,13 +91,14 @@ def int4_linear(
 ) -> torch.Tensor:
     """Multiply by the weight that the tensors of an `Int4Linear` are."""
     padded = steps.shape[0]
-    if bias is not None and padded != out_features:
-        bias = torch.nn.functional.pad(bias, (0, padded - out_features))
     x = x.contiguous()
     rows = x.shape[0]
-    if rows > _PIECES and x.dtype == torch.bfloat16 and fused.available():
-        y = fused.multiply(x, weight, multipliers, offsets, sums, steps, bias)
-    elif _FEW < rows <= _PIECES:
+    if rows > _FEW and fused.available():
+        bias = torch.zeros(out_features) if bias is None else bias.contiguous()
+        return fused.multiply(x, weight, multipliers, offsets, sums, steps, bias)
+    if bias is not None and padded != out_features:
+        bias = torch.nn.functional.pad(bias, (0, padded - out_features))
+    if _FEW < rows <= _PIECES:
         y = x.new_empty((rows, padded))
         for first in range(0, rows, _FEW):
             piece = slice(first, first + _FEW)

@@ -17,10 +17,12 @@ from typing import Literal, Protocol
 
 import torch
 
+from . import int8_tiles
 from .int4_linear import Int4Linear
 from .int8_linear import Int8Linear
 from .int8_packed import Int8Packed
 from .int8_packed import fits as fits_packed
+from .int8_tiles import Int8Tiles
 from .weight_only import Int4WeightOnly, Int8WeightOnly, preferred
 
 Kind = Literal["int8", "int4"]
@@ -34,6 +36,9 @@ _NEEDS: dict[Kind, tuple[str, ...]] = {
     ),
     "int4": ("int4_scaled_mm_cpu", "int8_scaled_mm_with_quant"),
 }
+
+_CALLS_BIND = 1 << 19
+"""Weights of a layer so small that what a call costs binds: vLLM's op has 2 µs less of that."""
 
 
 def load_vllm_ops() -> None:
@@ -97,6 +102,9 @@ def int8(
         return (linear.GpuRoundedRows if round_rows else linear.GpuInt8)(q, scales)
     if preferred():
         return Int8WeightOnly(q, scales, dtype)
+    small = q.numel() < _CALLS_BIND and fits_packed(q, dtype)
+    if not small and int8_tiles.available():
+        return Int8Tiles(q, scales)
     return Int8Packed(q, scales) if fits_packed(q, dtype) else Int8Linear(q, scales, dtype)
 
 
