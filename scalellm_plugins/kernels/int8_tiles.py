@@ -1,8 +1,9 @@
 """y = x · Wᵀ as in `int8_linear.py`, compiled here: `tiles.py` with the weights as they lie.
 
-One pass from x to y, for any shape, bfloat16 and float16: faster than oneDNN and than vLLM's packed
-op at every number of rows and size of layer (measured: kernel_cost). With few rows it reads weights
-as fast as memory gives them; with many it comes to nine tenths of what the processor can multiply.
+One pass from x to y, for any shape, bfloat16 and float16. In large layers it is faster than oneDNN
+and than vLLM's packed op at every number of rows (measured: kernel_cost). With few rows it reads
+weights about as fast as memory gives them; with many it comes to nine tenths of what the processor
+can multiply.
 Needs the processors of vLLM's AVX512-bf16 build; elsewhere the other two stand in.
 
 Layout: blocks of 32 channels, [K / 4, 32, 4], so that a block is one stream of memory.

@@ -18,6 +18,7 @@ Run = Callable[[Sequence[int], int], None]
 """Run a kernel for (arguments, threads): addresses and numbers, an array of 64-bit integers."""
 
 _OPENMP = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
+
 DECLARED = """
 declare i32 @omp_get_thread_num()
 declare i32 @omp_get_num_threads()

@@ -30,12 +30,6 @@ TILE = 12
 _TOGETHER = 48
 """Rows that are multiplied by a block before the next: with two blocks, they stay in L2."""
 
-_STREAMED = 4
-"""Rows up to which a tile waits for memory, not for the second cache."""
-
-_NEAR = 1024
-"""Bytes that a tile of more rows asks the first cache for in advance."""
-
 NEEDS = ("avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512bf16")
 """Features of the processor."""
 
@@ -235,8 +229,6 @@ def _tile(kind: str, rows: int) -> str:
             at = quad * CHANNELS * 4 + half * 64
             step += vectors.load(f"w{quad}_{half}", "i32", "%w_at", at)
             step += vectors.prefetch(f"ahead{quad}_{half}", "%ahead_at", at, 2)
-            if rows > _STREAMED:
-                step += vectors.prefetch(f"near{quad}_{half}", "%w_at", at + _NEAR, 3)
         for row in range(rows):
             step += vectors.load_one(f"a{quad}_{row}", "i32", "%a_at", (quad * rows + row) * 4)
             for half in (0, 1):
