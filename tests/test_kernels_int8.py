@@ -176,3 +176,28 @@ def test_torch_compile_sees_one_op(way: str) -> None:
     for rows in (3, 40):
         x = torch.randn(rows, 96).bfloat16()
         assert torch.equal(compiled(x), kernel(x, bias) * 2)
+
+
+@pytest.mark.parametrize("width", [256, 1024])
+def test_made_while_the_default_dtype_is_the_models(width: int) -> None:
+    """As vLLM does it while it loads: 32-bit numbers must be asked for as such."""
+    eight = weights.to_int8(torch.randn(2048, width))
+    x = torch.randn(3, width).bfloat16()
+    expected = reference.linear(
+        reference.quantized_rows(x), reference.int8_weight(eight.q, eight.scales), None
+    )
+    four = weights.to_int4(torch.randn(2048, width), 128)
+    parts = (four.q, four.zeros, four.multipliers, four.steps, torch.bfloat16)
+    rows = reference.quantized_rows(x)
+    expected_four = reference.linear(rows, reference.int4_weight(*parts[:4]), None)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        again = weights.to_int8(torch.randn(4, width, dtype=torch.float32))
+        assert again.scales.dtype == torch.float32
+        kernel = registry.int8(eight.q, eight.scales, torch.bfloat16)
+        y, y_four = kernel(x), registry.int4(*parts)(x)
+    finally:
+        torch.set_default_dtype(before)
+    assert (y.double() - expected).abs().max() < 0.01 * expected.abs().max()
+    assert (y_four.double() - expected_four).abs().max() < 0.02 * expected_four.abs().max()

@@ -66,11 +66,13 @@ def ask(server: Any, model: str, question: str) -> str:
                 *("--scalellm.quantization.group_size", "64"),
                 *("--scalellm.quantization.keep_8bit", "*.down_proj"),
                 *("--scalellm.quantization.skip", "*.layers.0.*.q_proj"),
+                *("--scalellm.quantization.lm_head_8bit", "true"),
             ),
             [
                 "qkv_proj in 4 bits, groups of 64",
                 "qkv_proj in 16 bits (scalellm.quantization.skip)",
                 "down_proj in 8 bits (scalellm.quantization.keep_8bit)",
+                "lm_head in 8 bits",
             ],
         ),
     ],

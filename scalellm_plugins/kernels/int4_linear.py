@@ -94,7 +94,7 @@ def int4_linear(
     x = x.contiguous()
     rows = x.shape[0]
     if rows > _FEW and fused.available():
-        bias = torch.zeros(out_features) if bias is None else bias.contiguous()
+        bias = torch.zeros(out_features, dtype=torch.float32) if bias is None else bias.contiguous()
         return fused.multiply(x, weight, multipliers, offsets, sums, steps, bias)
     if bias is not None and padded != out_features:
         bias = torch.nn.functional.pad(bias, (0, padded - out_features))

@@ -64,13 +64,15 @@ class Int8Tiles:
         blocks = -(-self.out_features // CHANNELS)
         weight = torch.zeros((blocks, deep // 4, CHANNELS, 4), dtype=torch.int8)
         sums = torch.zeros(blocks * CHANNELS, dtype=torch.int32)
-        steps = torch.zeros(blocks * CHANNELS)
+        # In so many words: while vLLM loads, the default dtype is the model's.
+        steps = torch.zeros(blocks * CHANNELS, dtype=torch.float32)
         sums[: self.out_features] = 128 * q.sum(1, dtype=torch.int32)
         steps[: self.out_features] = scales
         for block, rows in enumerate(q.split(CHANNELS)):
             whole = torch.nn.functional.pad(rows, (0, deep - width))
             weight[block, :, : len(rows)] = whole.view(len(rows), -1, 4).transpose(0, 1)
-        self.tensors = (weight, sums, steps, torch.zeros(self.out_features))
+        none = torch.zeros(self.out_features, dtype=torch.float32)
+        self.tensors = (weight, sums, steps, none)
 
     def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return y [M, N] for x [M, K], bfloat16 or float16, and bias float32 [N]."""
