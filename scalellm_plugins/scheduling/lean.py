@@ -439,10 +439,12 @@ class LeanScheduler(Scheduler):  # type: ignore[misc]
             theirs = outputs.pop(client, None)
             if theirs is None:
                 theirs = EngineCoreOutputs()
-            if ids == self._ids.get(client):
-                ids = self._ids[client]  # the same list, so that nobody compares them again
-            else:
-                self._ids[client] = ids
+            if self.sends_columns:
+                last = self._ids.get(client)
+                if ids == last:
+                    ids = last  # the same list, so that nobody compares them again
+                else:
+                    self._ids[client] = ids
             made = PlainOutputs(ids, tokens, theirs.outputs, EngineCoreOutput)
             theirs.outputs = made if self.sends_columns else made.whole()
             joined[client] = theirs

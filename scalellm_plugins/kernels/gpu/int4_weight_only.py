@@ -106,33 +106,8 @@ def int4_weight_only(
         counters: `split_k.counters` of this weight.
         bias: float32 [N].
     """
-    rows, width = x.shape
-    channels = steps.shape[0]
-    y = x.new_empty((rows, channels))
-    if rows == 0:
-        return y
+    y = x.new_empty((x.shape[0], steps.shape[0]))
+    weight = (words, zeros, multipliers, steps)
+    group = x.shape[1] // zeros.shape[0]
     # Two sums for each product, one of them of a group: no registers for taller tiles.
-    shape = split_k.Shape(rows, channels, width // BLOCK, x.device, tallest=64)
-    parts = split_k.workspace(shape, rows, channels, x)
-    _multiply[shape.grid](
-        x,
-        words,
-        zeros,
-        multipliers,
-        steps,
-        steps if bias is None else bias,
-        y,
-        parts,
-        counters,
-        rows,
-        channels,
-        width,
-        GROUP=width // zeros.shape[0],
-        SPLIT=shape.split,
-        ROWS=shape.rows,
-        CHANNELS=shape.channels,
-        HAS_BIAS=bias is not None,
-        num_warps=4 if rows <= 32 else 8,
-        num_stages=4,
-    )
-    return y
+    return split_k.launch(_multiply, x, weight, counters, bias, y, BLOCK, tallest=64, GROUP=group)

@@ -63,30 +63,5 @@ def int8_weight_only(
         counters: `split_k.counters` of this weight.
         bias: float32 [N].
     """
-    rows, width = x.shape
-    channels = scales.shape[0]
-    y = x.new_empty((rows, channels))
-    if rows == 0:
-        return y
-    shape = split_k.Shape(rows, channels, triton.cdiv(width, STEP), x.device)
-    parts = split_k.workspace(shape, rows, channels, x)
-    _multiply[shape.grid](
-        x,
-        q,
-        scales,
-        scales if bias is None else bias,
-        y,
-        parts,
-        counters,
-        rows,
-        channels,
-        width,
-        SPLIT=shape.split,
-        ROWS=shape.rows,
-        CHANNELS=shape.channels,
-        STEP=STEP,
-        HAS_BIAS=bias is not None,
-        num_warps=4 if rows <= 32 else 8,
-        num_stages=4,
-    )
-    return y
+    y = x.new_empty((x.shape[0], scales.shape[0]))
+    return split_k.launch(_multiply, x, (q, scales), counters, bias, y, STEP, STEP=STEP)

@@ -7,6 +7,9 @@ in the same order, so that a result does not depend on who was last.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -102,10 +105,53 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def workspace(shape: Shape, rows: int, channels: int, like: torch.Tensor) -> torch.Tensor:
-    """Return memory for the parts: float32 [split, rows, channels], or nothing of it."""
-    sizes = (shape.split, rows, channels) if shape.split > 1 else (0,)
-    return torch.empty(sizes, dtype=torch.float32, device=like.device)
+def launch(
+    kernel: Any,
+    x: torch.Tensor,
+    weight: Sequence[torch.Tensor],
+    counters: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    step: int,
+    tallest: int = 128,
+    **constants: Any,
+) -> torch.Tensor:
+    """Run a product's kernel, and return y [M, N].
+
+    Args:
+        kernel: takes x, the weight's tensors, bias, y, parts, counters, rows, channels, width, and
+            as constants SPLIT, ROWS, CHANNELS, HAS_BIAS and its own.
+        x: [M, K], contiguous.
+        weight: the last tensor are the factors, float32 [N].
+        counters: those of this weight.
+        bias: float32 [N].
+        step: of K, per step of the kernel's loop.
+        tallest: see `Shape`.
+    """
+    rows, width = x.shape
+    if rows == 0:
+        return y
+    shape = Shape(rows, y.shape[1], triton.cdiv(width, step), x.device, tallest)
+    sizes = (shape.split, *y.shape) if shape.split > 1 else (0,)
+    kernel[shape.grid](
+        x,
+        *weight,
+        weight[-1] if bias is None else bias,
+        y,
+        torch.empty(sizes, dtype=torch.float32, device=x.device),
+        counters,
+        rows,
+        y.shape[1],
+        width,
+        SPLIT=shape.split,
+        ROWS=shape.rows,
+        CHANNELS=shape.channels,
+        HAS_BIAS=bias is not None,
+        num_warps=4 if rows <= 32 else 8,
+        num_stages=4,
+        **constants,
+    )
+    return y
 
 
 def counters(channels: int, device: torch.device) -> torch.Tensor:

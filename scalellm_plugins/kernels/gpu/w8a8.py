@@ -108,34 +108,9 @@ def w8a8(
         bias: float32 [N].
         dtype: bfloat16 or float16.
     """
-    rows, width = x.shape
-    channels = scales.shape[0]
-    if row_scales is None and rows > FUSED:
+    if row_scales is None and x.shape[0] > FUSED:
         x, row_scales = rounding.round_rows(x, weight.dtype)
-    y = torch.empty((rows, channels), dtype=dtype, device=x.device)
-    if rows == 0:
-        return y
-    shape = split_k.Shape(rows, channels, triton.cdiv(width, STEP), x.device)
-    parts = split_k.workspace(shape, rows, channels, x)
-    _multiply[shape.grid](
-        x,
-        scales if row_scales is None else row_scales,
-        weight,
-        scales,
-        scales if bias is None else bias,
-        y,
-        parts,
-        counters,
-        rows,
-        channels,
-        width,
-        ROUND=row_scales is None,
-        SPLIT=shape.split,
-        ROWS=shape.rows,
-        CHANNELS=shape.channels,
-        STEP=STEP,
-        HAS_BIAS=bias is not None,
-        num_warps=4 if rows <= 32 else 8,
-        num_stages=4,
-    )
-    return y
+    y = torch.empty((x.shape[0], scales.shape[0]), dtype=dtype, device=x.device)
+    tensors = (scales if row_scales is None else row_scales, weight, scales)
+    fused = row_scales is None
+    return split_k.launch(_multiply, x, tensors, counters, bias, y, STEP, STEP=STEP, ROUND=fused)
