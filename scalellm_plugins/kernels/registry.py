@@ -69,7 +69,7 @@ def fits(
     """Whether a weight [out_features, in_features] has a shape that the kernels take."""
     if kind == "int8":
         return out_features > 0 and in_features > 0
-    if device == "cuda":  # int4_weight_only.fits: not to be imported without Triton
+    if device == "cuda":  # whole blocks of K, and whole groups in them or they in groups
         return group > 0 and in_features % 128 == 0 and (128 % group == 0 or group % 128 == 0)
     if preferred() and group not in (32, 64, 128, 256):
         return False

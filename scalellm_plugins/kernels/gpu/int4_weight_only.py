@@ -20,12 +20,7 @@ import triton.language as tl
 from . import portable, split_k
 
 BLOCK = 128
-"""Of K, in a word's eight runs of 16."""
-
-
-def fits(width: int, group: int) -> bool:
-    """Whether a weight's K and group are whole blocks, or blocks whole groups of runs."""
-    return width % BLOCK == 0 and group % 16 == 0 and (BLOCK % group == 0 or group % BLOCK == 0)
+"""Of K, in a word's eight runs of 16. What fits: `registry.fits`, which does without Triton."""
 
 
 def pack(q: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,7 @@ class GpuRoundedRows:
 
 
 class GpuInt4:
-    """4-bit weights in groups along K, rows in 16 bits. For shapes that `int4_weight_only.fits`.
+    """4-bit weights in groups along K, rows in 16 bits. For shapes that `registry.fits`.
 
     Args:
         q: uint8 [N, K] in 0..15.
