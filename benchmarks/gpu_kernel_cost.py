@@ -67,7 +67,7 @@ def made(channels: int, width: int, group: int) -> tuple[dict[str, list[Any]], d
     weight = torch.randn(channels, width, device="cuda", dtype=torch.bfloat16)
     eight = weights.to_int8(weight)
     four = weights.to_int4(weight, group)
-    parts = (four.q, four.zeros, four.multipliers, four.steps, weight.dtype)
+    parts = (four.q, four.zeros, four.multipliers, four.steps)
 
     def plain() -> Callable[[torch.Tensor], torch.Tensor]:
         own = weight.clone()

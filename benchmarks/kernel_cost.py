@@ -5,7 +5,8 @@
 Microseconds, medians; the kernels take turns, call by call. Each has as many copies of its weight
 as make 200 MB in bf16, in rotation, so that weights come from memory as they do in a model. "bf16"
 is vLLM's own layer without quantization (oneDNN). `--all` adds the single ops that were candidates.
-`--build avx2` loads vLLM's ops for processors without AVX512, and holds torch and oneDNN to AVX2.
+`--build avx2` loads vLLM's ops for processors without AVX512, and holds torch, oneDNN and our
+kernels to AVX2. GB/s are those of the weight's bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from scalellm_plugins.kernels import registry
+from scalellm_plugins.kernels import native, registry
 from scalellm_plugins.kernels.int4_linear import Int4Linear
 from scalellm_plugins.kernels.int8_linear import Int8Linear
 from scalellm_plugins.quantization import weights
@@ -53,7 +54,11 @@ def main() -> None:
     for rows in map(int, options.rows.split(",")):
         found = measure(made, rows, width, copies, options.calls)
         results[rows] = found
-        cells = [f"{us:.0f} ({found['bf16'] / us:.2f} x)" for us in found.values()]
+        cells = [
+            f"{us:.0f} ({found['bf16'] / us:.2f} x, "
+            f"{_bytes(name, options.group) * channels * width / us / 1e3:.1f} GB/s)"
+            for name, us in found.items()
+        ]
         print(f"| {rows} | {' | '.join(cells)} |", flush=True)
     if options.output:
         record = {
@@ -67,11 +72,17 @@ def main() -> None:
         options.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
+def _bytes(name: str, group: int) -> float:
+    """Return the bytes of a weight; a group of 4-bit ones has a zero and a multiplier."""
+    return 2 if name == "bf16" else 0.5 + 2 / group if "int4" in name else 1
+
+
 def load(build: str) -> None:
     """Register vLLM's ops: those for this processor, or those for one that has no AVX512."""
     if build == "native":
         registry.load_vllm_ops()
         return
+    native.LEFT_OUT = ("avx512", "avxvnni")
     os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     spec = importlib.util.find_spec("vllm")
     assert spec is not None, "no vLLM here"
@@ -107,7 +118,7 @@ def kernels(channels: int, width: int, group: int, copies: int, every: bool) -> 
     if registry.missing("int4"):
         return made
     parts = (four.q, four.zeros, four.multipliers, four.steps)
-    int4 = [registry.int4(*parts, weight.dtype) for _ in range(copies)]
+    int4 = [registry.int4(*parts) for _ in range(copies)]
     made["int4"] = lambda x, i: int4[i](x)
     return made | (_candidates(eight, four, group, copies) if every else {})
 

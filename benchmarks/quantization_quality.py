@@ -107,7 +107,7 @@ def quantize(model: Any, method: rules.Method, options: QuantizationConfig) -> f
                 search=options.search == "mse",
             )
             parts = (four.q, four.zeros, four.multipliers, four.steps)
-            kernel, rounded = registry.int4(*parts, weight.dtype), reference.int4_weight(*parts)
+            kernel, rounded = registry.int4(*parts), reference.int4_weight(*parts)
         square += float((rounded - weight).square().sum())
         total += float(weight.double().square().sum())
         layer.forward = _forward(kernel, layer.bias)

@@ -226,7 +226,7 @@ def test_the_registry_gives_them_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(rounding_rows, GpuRoundedRows)
     four = weights.to_int4(random(32, 128), 64)
     parts = (four.q, four.zeros, four.multipliers, four.steps)
-    assert isinstance(registry.int4(*parts, torch.bfloat16), GpuInt4)
+    assert isinstance(registry.int4(*parts), GpuInt4)
     for width, group in ((1152, 128), (896, 64), (1024, 256)):
         assert registry.fits("int4", 32, width, group, "cuda")
     for width, group in ((160, 32), (384, 96), (128, 0)):

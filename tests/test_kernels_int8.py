@@ -187,9 +187,9 @@ def test_made_while_the_default_dtype_is_the_models(width: int) -> None:
         reference.quantized_rows(x), reference.int8_weight(eight.q, eight.scales), None
     )
     four = weights.to_int4(torch.randn(2048, width), 128)
-    parts = (four.q, four.zeros, four.multipliers, four.steps, torch.bfloat16)
+    parts = (four.q, four.zeros, four.multipliers, four.steps)
     rows = reference.quantized_rows(x)
-    expected_four = reference.linear(rows, reference.int4_weight(*parts[:4]), None)
+    expected_four = reference.linear(rows, reference.int4_weight(*parts), None)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -8,11 +8,12 @@ in `tiles.py`. No op of torch or vLLM does that with groups, so this one is comp
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
 
-from . import native, tiles
+from . import native, team, tiles
 
 _TENSORS = (
     "multipliers",  # int8 [blocks, groups, 32]
@@ -22,23 +23,20 @@ _TENSORS = (
 _NUMBERS = ("parts", "part_quads", "parts_per_group")
 """The weight is uint8 [blocks, parts, part_quads * 64 + 128], see int4_linear.py."""
 
-_TOGETHER = 192
-"""Rows per block: more than with 8 bits, for a block is unpacked again for the next ones."""
+_TILING = dataclasses.replace(tiles.TILING, together=192)
+"""More rows per block than with 8 bits, for a block is unpacked again for the next ones."""
 
 
 @functools.cache
 def available() -> bool:
     """Whether the kernel can be compiled for this processor and run on torch's threads."""
-    try:
-        _compiled(torch.bfloat16)
-    except (ImportError, OSError, AttributeError, RuntimeError):
-        return False
-    return True
+    return native.works(lambda: _compiled(torch.bfloat16))
 
 
 @functools.cache
 def _compiled(dtype: torch.dtype) -> native.Run:
-    code = tiles.kernel(tiles.KINDS[dtype], _TENSORS, _NUMBERS, _BLOCK, _unpack())
+    functions = tiles.functions(team.KINDS[dtype]) + _unpack()
+    code = team.kernel(_TILING, _TENSORS, _NUMBERS, _BLOCK, functions)
     return native.compiled(code, tiles.NEEDS)
 
 
@@ -53,22 +51,20 @@ def multiply(
 ) -> torch.Tensor:
     """Return y [M, N] for x [M, K], bfloat16 or float16, and bias float32 [N].
 
-    The other tensors are those of `tiles.TENSORS` and `_TENSORS`.
+    The other tensors are those of `team.TENSORS` and `_TENSORS`.
     """
     blocks, parts, size = weight.shape
     threads = min(torch.get_num_threads(), blocks)
     scratch = torch.empty((threads, x.shape[1] * tiles.CHANNELS), dtype=torch.int8)
-    return tiles.multiply(
-        _compiled(x.dtype),
-        x,
+    packed = team.Weight(
         weight,
         sums,
         steps,
-        bias,
+        scratch.shape[1],
         (multipliers, offsets, scratch),
         (parts, (size - 128) // 64, parts // multipliers.shape[1]),
-        _TOGETHER,
     )
+    return team.multiply(_compiled(x.dtype), _TILING, x, packed, bias)
 
 
 # ---- The code ---------------------------------------------------------------------------------
@@ -82,13 +78,13 @@ _BLOCK = f"""
   %part_in = add i64 %part_bytes, 128
   %part_out = mul i64 %part_quads, 128
   %block_in = mul i64 %part_in, %parts
-  %w_off = mul i64 %number, %weight_size
+  %w_off = mul i64 %number, %block_size
   %w = getelementptr i8, ptr %scratch, i64 %w_off
   %from_off = mul i64 %b, %block_in
   %block_from = getelementptr i8, ptr %weight, i64 %from_off
   %groups_before = mul i64 %b, %groups
   %ahead = getelementptr i8, ptr %block_from, i64 %block_in
-  %ahead_bytes0 = udiv i64 %block_in, %quads
+  %ahead_bytes0 = udiv i64 %block_in, %units
   %ahead_bytes = add i64 %ahead_bytes0, 1
   %ahead_step = udiv i64 %ahead_bytes, %g_tiles
   br label %part

@@ -17,17 +17,18 @@ import functools
 
 import torch
 
-from . import native, tiles
-from .tiles import CHANNELS, DEPTH
+from . import native, team, tiles
+from .team import DEPTH
+from .tiles import CHANNELS
 
 _AHEAD = 2048
 """Bytes that a single tile asks for in advance; with more of them, the next block is asked for."""
 
 _BLOCK = f"""
-  %w_off = mul i64 %b, %weight_size
+  %w_off = mul i64 %b, %block_size
   %w = getelementptr i8, ptr %weight, i64 %w_off
   %single = icmp eq i64 %g_tiles, 1
-  %ahead_off_w = select i1 %single, i64 {_AHEAD}, i64 %weight_size
+  %ahead_off_w = select i1 %single, i64 {_AHEAD}, i64 %block_size
   %ahead = getelementptr i8, ptr %w, i64 %ahead_off_w
   %ahead_step = udiv i64 {CHANNELS * 4}, %g_tiles
   br label %block_ready
@@ -38,16 +39,13 @@ block_ready:
 @functools.cache
 def available() -> bool:
     """Whether the kernel can be compiled for this processor and run on torch's threads."""
-    try:
-        _compiled(torch.bfloat16)
-    except (ImportError, OSError, AttributeError, RuntimeError):
-        return False
-    return True
+    return native.works(lambda: _compiled(torch.bfloat16))
 
 
 @functools.cache
 def _compiled(dtype: torch.dtype) -> native.Run:
-    return native.compiled(tiles.kernel(tiles.KINDS[dtype], (), (), _BLOCK, ""), tiles.NEEDS)
+    code = team.kernel(tiles.TILING, (), (), _BLOCK, tiles.functions(team.KINDS[dtype]))
+    return native.compiled(code, tiles.NEEDS)
 
 
 class Int8Tiles:
@@ -90,8 +88,9 @@ def int8_tiles(
     bias: torch.Tensor,
 ) -> torch.Tensor:
     """Multiply by the weight that the tensors of an `Int8Tiles` are."""
+    packed = team.Weight(weight, sums, steps, weight[0].numel())
     run = _compiled(x.dtype)
-    return tiles.multiply(run, x.contiguous(), weight, sums, steps, bias.contiguous())
+    return team.multiply(run, tiles.TILING, x.contiguous(), packed, bias.contiguous())
 
 
 # torch.compile sees one opaque op. (`torch.library.custom_op` would cost each call 10 µs more.)

@@ -4,8 +4,8 @@ GPUs have Triton's, for 16-bit rows and for rows rounded to 8 bits. CPUs round r
 faster, so there both are the same.
 
 vLLM has three builds of its CPU ops, and loads the one for the processor: AVX512 with bf16 dot
-products (or AMX), AVX512, AVX2. The last two lack the ops for 4-bit weights; for AVX2 torch's stand
-in.
+products (or AMX), AVX512, AVX2. The last two lack the ops for 4-bit weights, and the last one's
+oneDNN has slow products of bytes only; there our own for AVX2 are used.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Literal, Protocol
 
 import torch
 
-from . import int8_tiles
+from . import int4_pairs, int8_pairs, int8_tiles
 from .int4_linear import Int4Linear
+from .int4_pairs import Int4Pairs
 from .int8_linear import Int8Linear
 from .int8_packed import Int8Packed
 from .int8_packed import fits as fits_packed
+from .int8_pairs import Int8Pairs
 from .int8_tiles import Int8Tiles
-from .weight_only import Int4WeightOnly, Int8WeightOnly, preferred
 
 Kind = Literal["int8", "int4"]
 
@@ -53,14 +54,18 @@ def missing(kind: Kind, device: str = "cpu") -> str:
         return "" if importlib.util.find_spec("triton") else "Triton is not installed"
     if device != "cpu":
         return f"there are no {kind} kernels for the device {device!r}, only for CPUs and NVIDIA's"
-    if preferred():
+    absent = _absent(kind)
+    if not absent or (int4_pairs if kind == "int4" else int8_pairs).available():
         return ""
-    absent = [name for name in _NEEDS[kind] if not hasattr(torch.ops._C, name)]
-    if not absent:
-        return ""
-    return f"vLLM's ops for this processor ({torch.backends.cpu.get_cpu_capability()}) lack " + (
-        ", ".join(absent)
+    return (
+        f"our kernels need AVX2, F16C and llvmlite, and vLLM's ops for this processor "
+        f"({torch.backends.cpu.get_cpu_capability()}) lack {', '.join(absent)}"
     )
+
+
+def _absent(kind: Kind) -> list[str]:
+    """Return which of vLLM's ops for this kind the processor's build lacks."""
+    return [name for name in _NEEDS[kind] if not hasattr(torch.ops._C, name)]
 
 
 def fits(
@@ -71,8 +76,6 @@ def fits(
         return out_features > 0 and in_features > 0
     if device == "cuda":  # whole blocks of K, and whole groups in them or they in groups
         return group > 0 and in_features % 128 == 0 and (128 % group == 0 or group % 128 == 0)
-    if preferred() and group not in (32, 64, 128, 256):
-        return False
     return group > 0 and group % 32 == 0 and in_features % group == 0
 
 
@@ -100,8 +103,8 @@ def int8(
         from .gpu import linear
 
         return (linear.GpuRoundedRows if round_rows else linear.GpuInt8)(q, scales)
-    if preferred():
-        return Int8WeightOnly(q, scales, dtype)
+    if "AVX512" not in torch.backends.cpu.get_cpu_capability() and int8_pairs.available():
+        return Int8Pairs(q, scales)
     small = q.numel() < _CALLS_BIND and fits_packed(q, dtype)
     if not small and int8_tiles.available():
         return Int8Tiles(q, scales)
@@ -113,13 +116,11 @@ def int4(
     zeros: torch.Tensor,
     multipliers: torch.Tensor,
     steps: torch.Tensor,
-    dtype: torch.dtype,
 ) -> Kernel:
     """Pack 4-bit weights [N, K] in groups. Which op multiplies depends on the rows, too."""
     if _on_gpu(q):
         from .gpu import linear
 
         return linear.GpuInt4(q, zeros, multipliers, steps)
-    if preferred():
-        return Int4WeightOnly(q, zeros, multipliers, steps, dtype)
-    return Int4Linear(q, zeros, multipliers, steps)
+    made = Int4Pairs if _absent("int4") else Int4Linear
+    return made(q, zeros, multipliers, steps)

@@ -57,7 +57,7 @@ class QuantizedLinear(LinearMethodBase):  # type: ignore[misc]
             symmetric=self._options.zero_point == "symmetric",
             search=self._options.search == "mse",
         )
-        return registry.int4(four.q, four.zeros, four.multipliers, four.steps, weight.dtype)
+        return registry.int4(four.q, four.zeros, four.multipliers, four.steps)
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
