@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 from scalellm_plugins.kernels import native, registry
-from scalellm_plugins.kernels.int4_linear import Int4Linear
 from scalellm_plugins.kernels.int8_linear import Int8Linear
 from scalellm_plugins.quantization import weights
 
@@ -148,7 +147,6 @@ def _candidates(
 ) -> dict[str, Multiply]:
     """Return single ops of torch and vLLM, each at every number of rows."""
     ops, aten = torch.ops._C, torch.ops.aten
-    int4 = [Int4Linear(four.q, four.zeros, four.multipliers, four.steps) for _ in range(copies)]
     plain = [eight.q.clone() for _ in range(copies)]
     packed8 = [ops.convert_weight_packed(eight.q) for _ in range(copies)]
     packed4 = [aten._convert_weight_to_int4pack_for_cpu(four.q.int(), 1) for _ in range(copies)]
@@ -160,7 +158,6 @@ def _candidates(
         "int8_scaled_mm_with_quant": lambda x, i: ops.int8_scaled_mm_with_quant(
             x, packed8[i], eight.scales, None, x.dtype, True
         ),
-        "int4_scaled_mm_cpu": lambda x, i: ops.int4_scaled_mm_cpu(x, *int4[i].tensors[:3], None),
         "_weight_int8pack_mm": lambda x, i: torch._weight_int8pack_mm(x, plain[i], scales),
         "_weight_int4pack_mm": lambda x, i: aten._weight_int4pack_mm_for_cpu(
             x, packed4[i], group, both

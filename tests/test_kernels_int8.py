@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 
-from scalellm_plugins.kernels import int8_packed, int8_tiles, reference, registry
+from scalellm_plugins.kernels import int8_code, int8_packed, int8_tiles, reference, registry
 from scalellm_plugins.kernels.int8_linear import Int8Linear
 from scalellm_plugins.kernels.int8_packed import Int8Packed
 from scalellm_plugins.kernels.int8_tiles import Int8Tiles
@@ -31,16 +31,12 @@ def made(
     weight = reference.int8_weight(eight.q, eight.scales)
     if way == "onednn":
         return Int8Linear(eight.q, eight.scales, dtype), weight
-    if way == "tiles":
-        if not int8_tiles.available():
-            pytest.skip("this processor lacks what it needs")
-        return Int8Tiles(eight.q, eight.scales), weight
     if not int8_packed.fits(eight.q, dtype):
         pytest.skip("vLLM's ops for this processor lack it")
     return Int8Packed(eight.q, eight.scales), weight
 
 
-each = pytest.mark.parametrize("way", ["onednn", "packed", "tiles"])
+each = pytest.mark.parametrize("way", ["onednn", "packed"])
 
 
 def error(y: torch.Tensor, expected: torch.Tensor) -> float:
@@ -76,58 +72,14 @@ def test_each_gets_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not int8_packed.fits(eight.q[:33], torch.bfloat16)
     assert not int8_packed.fits(eight.q[:, :40], torch.bfloat16)
     assert isinstance(registry.int8(eight.q, eight.scales, torch.bfloat16), Int8Packed)
-    for available, kind in ((True, Int8Tiles), (False, Int8Linear)):
-        monkeypatch.setattr(int8_tiles, "available", lambda available=available: available)
+    for tiling, kind in ((int8_code.WIDE, Int8Tiles), (None, Int8Linear)):
+        monkeypatch.setattr(int8_tiles, "best", lambda tiling=tiling: tiling)
         assert isinstance(registry.int8(eight.q, eight.scales, torch.float16), kind)
         assert isinstance(registry.int8(eight.q[:33], eight.scales[:33], torch.bfloat16), kind)
     large = weights.to_int8(torch.randn(1024, 512))
     assert isinstance(registry.int8(large.q, large.scales, torch.bfloat16), Int8Packed)
-    monkeypatch.setattr(int8_tiles, "available", lambda: True)
+    monkeypatch.setattr(int8_tiles, "best", lambda: int8_code.WIDE)
     assert isinstance(registry.int8(large.q, large.scales, torch.bfloat16), Int8Tiles)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("channels", "width"), [(96, 256), (33, 100), (7, 5), (1, 1), (130, 175), (64, 4096)]
-)
-def test_tiles_of_rows_are_too(channels: int, width: int, dtype: torch.dtype) -> None:
-    """Every size of a tile, alone and one after another."""
-    kernel, weight = made(channels, width, dtype, way="tiles")
-    bias = torch.randn(channels)
-    for rows in (*range(1, 15), 33, 49, 130):
-        x = torch.randn(rows, width).to(dtype)
-        exact = reference.quantized_rows(x)
-        for offset in (bias, None):
-            y = kernel(x, offset)
-            assert y.shape == (rows, channels)
-            assert y.dtype == dtype
-            assert error(y, reference.linear(exact, weight, offset)) < 0.01
-
-
-def test_the_largest_sums_of_tiles() -> None:
-    """32 bits hold them: they wrap around and back, where K is large and every factor is 127."""
-    if not int8_tiles.available():
-        pytest.skip("this processor lacks what it needs")
-    width = 100_000
-    kernel = Int8Tiles(torch.full((32, width), 127, dtype=torch.int8), torch.ones(32))
-    y = kernel(torch.cat([torch.ones(1, width), -torch.ones(1, width)]).bfloat16())
-    assert torch.allclose(y[0].float(), torch.tensor(127.0 * width), rtol=0.01)
-    assert torch.equal(y[0], -y[1])
-
-
-def test_tiles_on_one_thread_and_on_more_than_blocks() -> None:
-    kernel, _ = made(96, 128, way="tiles")
-    x = torch.randn(50, 128).bfloat16()
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(kernel(x))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
 
 
 @each

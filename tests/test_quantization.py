@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scalellm_plugins import config
 from scalellm_plugins.config import QuantizationConfig
 from scalellm_plugins.errors import ConfigError
-from scalellm_plugins.kernels import int4_pairs, reference, registry
+from scalellm_plugins.kernels import int4_tiles, int8_tiles, reference, registry
 from scalellm_plugins.quantization import rules, weights
 
 QKV = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
@@ -151,9 +151,10 @@ def test_devices_without_kernels_are_named() -> None:
     assert registry.missing("int4", "cuda") == "Triton is not installed"
 
 
-def test_ops_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in vLLM's AVX2 build, which has no 4-bit op."""
-    monkeypatch.setitem(registry._NEEDS, "int4", ("an_op_of_another_build",))
-    assert registry.missing("int4") == "", "the kernels for AVX2 stand in"
-    monkeypatch.setattr(int4_pairs, "available", lambda: False)
-    assert "lack an_op_of_another_build" in registry.missing("int4")
+def test_what_a_processor_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (int4_tiles, int8_tiles):
+        monkeypatch.setattr(module, "best", lambda: None)
+    assert "AVX2 and F16C" in registry.missing("int4")
+    assert registry.missing("int8") == "", "oneDNN stands in"
+    monkeypatch.setattr(registry, "_ONEDNN", ("an_op_of_another_build",))
+    assert "lack an_op_of_another_build" in registry.missing("int8")

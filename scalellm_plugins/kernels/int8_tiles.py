@@ -1,12 +1,12 @@
-"""y = x · Wᵀ as in `int8_linear.py`, compiled here: `tiles.py` with the weights as they lie.
+"""y = x · Wᵀ with 8-bit weights and rows of x rounded to 8 bits as they come (W8A8), compiled here.
 
-One pass from x to y, for any shape, bfloat16 and float16. In large layers it is faster than oneDNN
-and than vLLM's packed op at every number of rows (measured: kernel_cost). With few rows it reads
-weights about as fast as memory gives them; with many it comes to nine tenths of what the processor
-can multiply.
-Needs the processors of vLLM's AVX512-bf16 build; elsewhere the other two stand in.
+One pass from x to y, for any shape, bfloat16 and float16; see `int8_linear.py` for what is
+computed. In large layers it is faster than oneDNN and than vLLM's packed op at every number of rows
+(measured: kernel_cost). With few rows it reads weights about as fast as memory gives them; with
+many it comes to nine tenths of what the processor can multiply.
 
-Layout: blocks of 32 channels, [K / 4, 32, 4], so that a block is one stream of memory.
+Layout: blocks of channels, [K / unit, channels, unit], so that a block is one stream of memory;
+32 channels and units of 4 with AVX512, 16 and 2 with AVX2. Results are the same, bit for bit.
 
 Rows that hold an infinity or NaN have no defined result; other rows are not affected by them.
 """
@@ -17,35 +17,24 @@ import functools
 
 import torch
 
-from . import native, team, tiles
-from .team import DEPTH
-from .tiles import CHANNELS
-
-_AHEAD = 2048
-"""Bytes that a single tile asks for in advance; with more of them, the next block is asked for."""
-
-_BLOCK = f"""
-  %w_off = mul i64 %b, %block_size
-  %w = getelementptr i8, ptr %weight, i64 %w_off
-  %single = icmp eq i64 %g_tiles, 1
-  %ahead_off_w = select i1 %single, i64 {_AHEAD}, i64 %block_size
-  %ahead = getelementptr i8, ptr %w, i64 %ahead_off_w
-  %ahead_step = udiv i64 {CHANNELS * 4}, %g_tiles
-  br label %block_ready
-block_ready:
-"""
+from . import int8_code, native, team
+from .team import DEPTH, Tiling
 
 
 @functools.cache
-def available() -> bool:
-    """Whether the kernel can be compiled for this processor and run on torch's threads."""
-    return native.works(lambda: _compiled(torch.bfloat16))
+def best() -> Tiling | None:
+    """Return the tiling for this processor; None where there is none, or no torch threads."""
+    for tiling in (int8_code.WIDE, int8_code.NARROW):
+        if native.works(functools.partial(_compiled, torch.bfloat16, tiling)):
+            return tiling
+    return None
 
 
 @functools.cache
-def _compiled(dtype: torch.dtype) -> native.Run:
-    code = team.kernel(tiles.TILING, (), (), _BLOCK, tiles.functions(team.KINDS[dtype]))
-    return native.compiled(code, tiles.NEEDS)
+def _compiled(dtype: torch.dtype, tiling: Tiling) -> native.Run:
+    tile = functools.partial(int8_code.tile, tiling)
+    code = team.kernel(tiling, team.KINDS[dtype], (), tile)
+    return native.compiled(code, tiling.needs)
 
 
 class Int8Tiles:
@@ -54,21 +43,25 @@ class Int8Tiles:
     Args:
         q: int8 [N, K], within ±127.
         scales: float32 [N].
+        tiling: `best` or another.
     """
 
-    def __init__(self, q: torch.Tensor, scales: torch.Tensor) -> None:
+    def __init__(self, q: torch.Tensor, scales: torch.Tensor, tiling: Tiling | None = None) -> None:
+        tiling = tiling or best()
+        assert tiling is not None, "no kernel for this processor"
         self.out_features, width = q.shape
         deep = -(-width // DEPTH) * DEPTH
-        blocks = -(-self.out_features // CHANNELS)
-        weight = torch.zeros((blocks, deep // 4, CHANNELS, 4), dtype=torch.int8)
-        sums = torch.zeros(blocks * CHANNELS, dtype=torch.int32)
+        channels, unit = tiling.channels, tiling.unit
+        blocks = -(-self.out_features // channels)
+        weight = torch.zeros((blocks, deep // unit, channels, unit), dtype=torch.int8)
+        sums = torch.zeros(blocks * channels, dtype=torch.int32)
         # In so many words: while vLLM loads, the default dtype is the model's.
-        steps = torch.zeros(blocks * CHANNELS, dtype=torch.float32)
+        steps = torch.zeros(blocks * channels, dtype=torch.float32)
         sums[: self.out_features] = 128 * q.sum(1, dtype=torch.int32)
         steps[: self.out_features] = scales
-        for block, rows in enumerate(q.split(CHANNELS)):
+        for block, rows in enumerate(q.split(channels)):
             whole = torch.nn.functional.pad(rows, (0, deep - width))
-            weight[block, :, : len(rows)] = whole.view(len(rows), -1, 4).transpose(0, 1)
+            weight[block, :, : len(rows)] = whole.view(len(rows), -1, unit).transpose(0, 1)
         none = torch.zeros(self.out_features, dtype=torch.float32)
         self.tensors = (weight, sums, steps, none)
 
@@ -88,9 +81,11 @@ def int8_tiles(
     bias: torch.Tensor,
 ) -> torch.Tensor:
     """Multiply by the weight that the tensors of an `Int8Tiles` are."""
-    packed = team.Weight(weight, sums, steps, weight[0].numel())
-    run = _compiled(x.dtype)
-    return team.multiply(run, tiles.TILING, x.contiguous(), packed, bias.contiguous())
+    wide = weight.shape[2] == int8_code.WIDE.channels
+    tiling = int8_code.WIDE if wide else int8_code.NARROW
+    packed = team.Weight(weight, sums, steps, weight.stride(0))
+    run = _compiled(x.dtype, tiling)
+    return team.multiply(run, tiling, x.contiguous(), packed, bias.contiguous())
 
 
 # torch.compile sees one opaque op. (`torch.library.custom_op` would cost each call 10 µs more.)

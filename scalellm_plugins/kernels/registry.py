@@ -4,8 +4,8 @@ GPUs have Triton's, for 16-bit rows and for rows rounded to 8 bits. CPUs round r
 faster, so there both are the same.
 
 vLLM has three builds of its CPU ops, and loads the one for the processor: AVX512 with bf16 dot
-products (or AMX), AVX512, AVX2. The last two lack the ops for 4-bit weights, and the last one's
-oneDNN has slow products of bytes only; there our own for AVX2 are used.
+products (or AMX), AVX512, AVX2. Our own kernels have two ways: for AVX512 with products of bytes
+(VNNI: Cascade Lake, Zen 4 and later), and for AVX2.
 """
 
 from __future__ import annotations
@@ -17,26 +17,22 @@ from typing import Literal, Protocol
 
 import torch
 
-from . import int4_pairs, int8_pairs, int8_tiles
-from .int4_linear import Int4Linear
-from .int4_pairs import Int4Pairs
+from . import int4_tiles, int8_code, int8_tiles
+from .int4_tiles import Int4Tiles
 from .int8_linear import Int8Linear
 from .int8_packed import Int8Packed
 from .int8_packed import fits as fits_packed
-from .int8_pairs import Int8Pairs
 from .int8_tiles import Int8Tiles
 
 Kind = Literal["int8", "int4"]
 
-_NEEDS: dict[Kind, tuple[str, ...]] = {
-    "int8": (
-        "create_onednn_scaled_mm_handler",
-        "release_dnnl_matmul_handler",
-        "dynamic_scaled_int8_quant",
-        "onednn_scaled_mm",
-    ),
-    "int4": ("int4_scaled_mm_cpu", "int8_scaled_mm_with_quant"),
-}
+_ONEDNN = (
+    "create_onednn_scaled_mm_handler",
+    "release_dnnl_matmul_handler",
+    "dynamic_scaled_int8_quant",
+    "onednn_scaled_mm",
+)
+"""vLLM's ops that 8 bits can do with."""
 
 _CALLS_BIND = 1 << 19
 """Weights of a layer so small that what a call costs binds: vLLM's op has 2 µs less of that."""
@@ -54,18 +50,14 @@ def missing(kind: Kind, device: str = "cpu") -> str:
         return "" if importlib.util.find_spec("triton") else "Triton is not installed"
     if device != "cpu":
         return f"there are no {kind} kernels for the device {device!r}, only for CPUs and NVIDIA's"
-    absent = _absent(kind)
-    if not absent or (int4_pairs if kind == "int4" else int8_pairs).available():
+    if (int4_tiles if kind == "int4" else int8_tiles).best():
         return ""
-    return (
-        f"our kernels need AVX2, F16C and llvmlite, and vLLM's ops for this processor "
-        f"({torch.backends.cpu.get_cpu_capability()}) lack {', '.join(absent)}"
-    )
-
-
-def _absent(kind: Kind) -> list[str]:
-    """Return which of vLLM's ops for this kind the processor's build lacks."""
-    return [name for name in _NEEDS[kind] if not hasattr(torch.ops._C, name)]
+    why = "our kernels need a processor with AVX2 and F16C, and llvmlite"
+    if kind == "int4":
+        return why
+    absent = [name for name in _ONEDNN if not hasattr(torch.ops._C, name)]
+    build = torch.backends.cpu.get_cpu_capability()
+    return f"{why}; vLLM's ops ({build}) lack {', '.join(absent)}" if absent else ""
 
 
 def fits(
@@ -103,11 +95,12 @@ def int8(
         from .gpu import linear
 
         return (linear.GpuRoundedRows if round_rows else linear.GpuInt8)(q, scales)
-    if "AVX512" not in torch.backends.cpu.get_cpu_capability() and int8_pairs.available():
-        return Int8Pairs(q, scales)
+    tiling = int8_tiles.best()
+    if tiling is int8_code.NARROW and "AVX512" in torch.backends.cpu.get_cpu_capability():
+        tiling = None  # as on Skylake: oneDNN uses its vectors
     small = q.numel() < _CALLS_BIND and fits_packed(q, dtype)
-    if not small and int8_tiles.available():
-        return Int8Tiles(q, scales)
+    if tiling and not small:
+        return Int8Tiles(q, scales, tiling)
     return Int8Packed(q, scales) if fits_packed(q, dtype) else Int8Linear(q, scales, dtype)
 
 
@@ -122,5 +115,4 @@ def int4(
         from .gpu import linear
 
         return linear.GpuInt4(q, zeros, multipliers, steps)
-    made = Int4Pairs if _absent("int4") else Int4Linear
-    return made(q, zeros, multipliers, steps)
+    return Int4Tiles(q, zeros, multipliers, steps)
