@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .catalog_ipc import IPC
+from .catalog_quantization import QUANTIZATION_PATCHES
 from .catalog_scheduler import SCHEDULER_PATCHES
 from .catalog_shared import SHARED
 from .contracts import Target
@@ -214,6 +215,7 @@ PATCHES: tuple[Patch, ...] = (
     *SHARED,
     *IPC,
     *SCHEDULER_PATCHES,
+    *QUANTIZATION_PATCHES,
     Patch(
         name="engine_abort_client",
         feature="frontend",

@@ -7,6 +7,7 @@ from .seams import Seam
 
 _QUANTIZATION = "vllm.model_executor.layers.quantization"
 _OPS = "vllm._custom_ops"
+_LINEAR = "vllm.model_executor.kernels.linear"
 _INT8 = "vllm.model_executor.kernels.linear.scaled_mm.cpu"
 
 QUANTIZATION_SEAMS: tuple[Seam, ...] = (
@@ -97,6 +98,42 @@ QUANTIZATION_SEAMS: tuple[Seam, ...] = (
                 module="vllm.model_executor.layers.fused_moe.routed_experts",
                 qualname="RoutedExperts",
                 kind="class",
+            ),
+        ),
+    ),
+    Seam(
+        name="checkpoint_kernels",
+        feature="quantization",
+        why="vLLM takes the first kernel of a list that says it can, and hands it packed weights",
+        targets=(
+            Target(module=_LINEAR, qualname="_POSSIBLE_KERNELS", kind="attribute"),
+            Target(
+                module=_LINEAR,
+                qualname="choose_mp_linear_kernel",
+                reads=("_POSSIBLE_KERNELS", "envs.VLLM_DISABLED_KERNELS"),
+                calls=("kernel.can_implement",),
+            ),
+            Target(
+                module=f"{_LINEAR}.mixed_precision",
+                qualname="MPLinearKernel",
+                kind="class",
+                implements=(
+                    "get_min_capability",
+                    "can_implement",
+                    "process_weights_after_loading",
+                    "apply_weights",
+                ),
+            ),
+            Target(
+                module=f"{_LINEAR}.mixed_precision.cpu",
+                qualname="CPUWNA16LinearKernel.process_weights_after_loading",
+                reads=(
+                    "weights.input_dim",
+                    "weights.packed_dim",
+                    "scales.output_dim",
+                    "zp.output_dim",
+                    "envs.VLLM_CPU_INT4_W4A8",
+                ),
             ),
         ),
     ),

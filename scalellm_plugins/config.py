@@ -115,7 +115,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class QuantizationConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Online quantization: how vLLM's --quantization scalellm_… rounds weights."""
+    """Quantization: how --quantization scalellm_… rounds weights; what multiplies on CPUs."""
 
     enabled: Toggle = None
     group_size: Annotated[
@@ -139,6 +139,9 @@ class QuantizationConfig(msgspec.Struct, frozen=True, kw_only=True):
     lm_head_8bit: Annotated[
         bool, Meta(description="8 bits for the output layer, too: much of a small model's weights")
     ] = False
+    checkpoints: Annotated[
+        bool, Meta(description="CPUs: checkpoints of 4 and 8 bits by our kernels, not by vLLM's")
+    ] = True
     gpu: Annotated[
         bool, Meta(description="allow GPUs: their kernels have only run in Triton's interpreter")
     ] = False

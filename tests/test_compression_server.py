@@ -20,18 +20,34 @@ QUESTIONS = {
 }
 
 
+OURS = ("--plugins", "scalellm", "--scalellm.strict")
+
+
 @pytest.mark.server
 @pytest.mark.parametrize(
-    ("options", "kernel"),
-    [("int4", "CPUWNA16LinearKernel"), ("w8a8", "CPUInt8ScaledMMLinearKernel")],
+    ("options", "plugins", "kernel"),
+    [
+        (("int4",), (), "CPUWNA16LinearKernel"),
+        (("w8a8",), (), "CPUInt8ScaledMMLinearKernel"),
+        (("int4", "--asymmetric"), OURS, "ScaleLLMLinearKernel"),
+        (("int8",), OURS, "ScaleLLMLinearKernel"),
+    ],
 )
-def test_plain_vllm_serves_it(
-    serve: ServeFunction, tmp_path: Path, options: str, kernel: str
+def test_it_is_served(
+    serve: ServeFunction,
+    tmp_path: Path,
+    options: tuple[str, ...],
+    plugins: tuple[str, ...],
+    kernel: str,
 ) -> None:
-    """W8A16 is not among them: vLLM's CPU backend has no kernel for it."""
+    """By plain vLLM, save for W8A16, for which its CPU backend has no kernel; and with ours."""
     out = tmp_path / "out"
-    assert cli.main(["compress", str(DEMO), str(out), "--scheme", options]) == 0
-    server = serve(out, "--enforce-eager", "--max-model-len", "2048", "--served-model-name", "demo")
+    assert cli.main(["compress", str(DEMO), str(out), "--scheme", *options]) == 0
+    server = serve(
+        out,
+        *("--enforce-eager", "--max-model-len", "2048", "--served-model-name", "demo"),
+        *plugins,
+    )
     assert kernel in server.log.read_text()
     for question, answer in QUESTIONS.items():
         messages = [{"role": "user", "content": question}]

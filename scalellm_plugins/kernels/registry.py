@@ -17,7 +17,8 @@ from typing import Literal, Protocol
 
 import torch
 
-from . import int4_tiles, int8_code, int8_tiles
+from . import int4_packed, int4_tiles, int8_code, int8_tiles
+from .int4_packed import Int4Packed
 from .int4_tiles import Int4Tiles
 from .int8_linear import Int8Linear
 from .int8_packed import Int8Packed
@@ -96,8 +97,9 @@ def int8(
 
         return (linear.GpuRoundedRows if round_rows else linear.GpuInt8)(q, scales)
     tiling = int8_tiles.best()
-    if tiling is int8_code.NARROW and "AVX512" in torch.backends.cpu.get_cpu_capability():
-        tiling = None  # as on Skylake: oneDNN uses its vectors
+    skylake = tiling is int8_code.NARROW and "AVX512" in torch.backends.cpu.get_cpu_capability()
+    if skylake or torch.cpu._is_amx_tile_supported():
+        tiling = None  # oneDNN uses vectors of 512 bits, and the matrix units of AMX
     small = q.numel() < _CALLS_BIND and fits_packed(q, dtype)
     if tiling and not small:
         return Int8Tiles(q, scales, tiling)
@@ -110,9 +112,16 @@ def int4(
     multipliers: torch.Tensor,
     steps: torch.Tensor,
 ) -> Kernel:
-    """Pack 4-bit weights [N, K] in groups. Which op multiplies depends on the rows, too."""
+    """Pack 4-bit weights [N, K] in groups, as `quantization/weights.py` makes them."""
     if _on_gpu(q):
         from .gpu import linear
 
         return linear.GpuInt4(q, zeros, multipliers, steps)
+    if int4_packed.preferred():
+        return Int4Packed(q, zeros, multipliers * steps[:, None])
     return Int4Tiles(q, zeros, multipliers, steps)
+
+
+def int4_scaled(q: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> Kernel:
+    """Pack 4-bit weights [N, K] in groups with scales of the rows' type, on a CPU."""
+    return Int4Tiles(q, zeros, scales, None)

@@ -1,0 +1,136 @@
+"""Quantized checkpoints on CPUs: our kernel in the place of vLLM's for weights of 4 and 8 bits.
+
+compressed-tensors (pack-quantized), GPTQ and AWQ all ask one list of vLLM for a kernel for
+"mixed precision": integer weights, 16-bit rows. vLLM's own for CPUs multiplies 16-bit rows by
+weights that it unpacks anew for every row; ours rounds rows to 8 bits, as vLLM's does where there
+is AMX, and as `--quantization scalellm_int4` does.
+
+8-bit weights in groups are rounded anew, to a scale per channel: as exact as
+`--quantization scalellm_int8` is.
+
+It declines, and vLLM's own is taken, where weights have no shape for it, where there is AMX (vLLM's
+uses its matrix units), and where VLLM_CPU_INT4_W4A8=0 asks for rows of 16 bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm import envs
+from vllm.model_executor.kernels import linear
+from vllm.model_executor.kernels.linear.mixed_precision import MPLinearKernel
+from vllm.platforms import PlatformEnum
+from vllm.scalar_type import scalar_types
+
+from scalellm_plugins import config
+from scalellm_plugins.kernels import registry
+
+from . import heap, weights
+
+_MIDDLE = 8
+"""The zero of 4-bit weights without one."""
+
+
+def offer() -> None:
+    """Put the kernel first in the list for CPUs, unless an option says no. Idempotent."""
+    listed = linear._POSSIBLE_KERNELS[PlatformEnum.CPU]
+    if config.current().quantization.checkpoints and ScaleLLMLinearKernel not in listed:
+        listed.insert(0, ScaleLLMLinearKernel)
+
+
+class ScaleLLMLinearKernel(MPLinearKernel):  # type: ignore[misc]
+    """A linear layer of a quantized checkpoint. Its name is what VLLM_DISABLED_KERNELS takes."""
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Return no capability: it is for CPUs."""
+        return -1
+
+    @classmethod
+    def can_implement(cls, c: Any) -> tuple[bool, str | None]:
+        """Return whether weights of this kind are multiplied here, and why not."""
+        why = _refusal(c)
+        return why is None, why
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Pack the weight, and let go of the checkpoint's. Again: nothing."""
+        weight = getattr(layer, self.w_q_name)
+        if weight.numel() == 0:
+            return
+        scales, zeros = getattr(layer, self.w_s_name), None
+        if self.config.zero_points:
+            zeros = getattr(layer, self.w_zp_name or "")
+        elif self.w_zp_name and getattr(layer, self.w_zp_name, None) is not None:
+            setattr(layer, self.w_zp_name, None)  # GPTQ's are loaded, and mean nothing
+        layer.kernel = self._pack(weight, scales, zeros)
+        bias = getattr(layer, "bias", None)
+        layer.bias_float = None if bias is None else bias.data.float()
+        large = weight.data.nbytes >= heap.SMALLEST
+        for parameter in (weight, scales, zeros):
+            if parameter is not None:  # the names stay: LoRA asks them for their device
+                parameter.data = parameter.data.new_empty(0)
+        if large:
+            heap.trim()
+
+    def _pack(self, weight: Any, scales: Any, zeros: Any) -> registry.Kernel:
+        """Return the kernel of vLLM's parameters."""
+        scale = scales.data if scales.output_dim == 0 else scales.data.t()
+        scale = scale.to(self.config.act_type).contiguous()
+        if self.config.weight_type == scalar_types.uint8b128:
+            q = (_bytes(weight) ^ 0x80).view(torch.int8)
+            if scale.shape[1] == 1:
+                return registry.int8(q, scale[:, 0].float(), self.config.act_type)
+            plain = q * scale.repeat_interleave(q.shape[1] // scale.shape[1], dim=1)
+            eight = weights.to_int8(plain)
+            return registry.int8(eight.q, eight.scales, self.config.act_type)
+        if zeros is None:
+            zero = torch.full(scale.shape, _MIDDLE, dtype=torch.int8)
+        else:
+            zero = _nibbles(zeros).t().contiguous().view(torch.int8)
+        return registry.int4_scaled(_nibbles(weight), zero, scale)
+
+    def apply_weights(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return y [..., N] for x [..., K]."""
+        kernel = layer.kernel
+        y: torch.Tensor = kernel(
+            x.reshape(-1, x.shape[-1]), None if bias is None else layer.bias_float
+        )
+        return y.view(*x.shape[:-1], kernel.out_features)
+
+
+def _refusal(c: Any) -> str | None:
+    """Return why a layer is left to vLLM's kernels."""
+    width, channels = c.partition_weight_shape
+    group = width if c.group_size == -1 else c.group_size
+    if torch.cpu._is_amx_tile_supported():
+        return "vLLM's own uses AMX"
+    if not envs.VLLM_CPU_INT4_W4A8:
+        return "VLLM_CPU_INT4_W4A8=0 asks for rows of 16 bits"
+    if getattr(c, "has_g_idx", False):
+        return "weights in an order of their own (act-order)"
+    if c.act_type not in (torch.bfloat16, torch.float16) or c.out_type not in (None, c.act_type):
+        return f"rows of {c.act_type}, results of {c.out_type}"
+    if c.weight_type == scalar_types.uint8b128:
+        if width % group:
+            return f"groups of {group} of {width} inputs"
+        return registry.missing("int8") or None
+    if c.weight_type != (scalar_types.uint4 if c.zero_points else scalar_types.uint4b8):
+        return f"weights of type {c.weight_type}"
+    if not registry.fits("int4", channels, width, group):
+        return f"groups of {group} of {width} inputs"
+    return registry.missing("int4") or None
+
+
+def _bytes(parameter: Any) -> torch.Tensor:
+    """Return a parameter packed in 32-bit words as uint8 [other dimension, bytes], in order."""
+    words = parameter.data if parameter.packed_dim == 1 else parameter.data.t()
+    return words.contiguous().view(torch.uint8)
+
+
+def _nibbles(parameter: Any) -> torch.Tensor:
+    """Return its 4-bit numbers, uint8 [other dimension, numbers]: the lower ones come first."""
+    pairs = _bytes(parameter)
+    return torch.stack([pairs & 15, pairs >> 4], dim=2).view(len(pairs), -1)

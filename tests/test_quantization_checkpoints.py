@@ -1,0 +1,157 @@
+"""Our kernel for quantized checkpoints, handed what vLLM's loaders make of three formats."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm.model_executor.kernels import linear
+from vllm.model_executor.kernels.linear.mixed_precision import MPLinearLayerConfig
+from vllm.platforms import PlatformEnum
+from vllm.scalar_type import scalar_types
+
+from scalellm_plugins import config
+from scalellm_plugins.kernels import reference, registry
+from scalellm_plugins.quantization import checkpoints
+from scalellm_plugins.quantization.checkpoints import ScaleLLMLinearKernel
+
+pytestmark = pytest.mark.vllm
+
+CHANNELS, WIDTH, GROUP = 48, 128, 32
+
+
+@pytest.fixture(autouse=True, scope="module")
+def ops() -> None:
+    registry.load_vllm_ops()
+    if torch.cpu._is_amx_tile_supported() or registry.missing("int4"):
+        pytest.skip("left to vLLM on this processor")
+
+
+def asked(**other: Any) -> MPLinearLayerConfig:
+    given = {
+        "full_weight_shape": (WIDTH, CHANNELS),
+        "partition_weight_shape": (WIDTH, CHANNELS),
+        "weight_type": scalar_types.uint4b8,
+        "act_type": torch.bfloat16,
+        "group_size": GROUP,
+        "zero_points": False,
+    }
+    return MPLinearLayerConfig(**given | other)
+
+
+def packed(numbers: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """Numbers below 2 ** bits in words of 32 bits along a dimension, the lowest first."""
+    whole = numbers.movedim(dim, -1).to(torch.int64)
+    whole = whole.reshape(*whole.shape[:-1], -1, 32 // bits)
+    shifts = torch.arange(0, 32, bits)
+    words = (whole << shifts).sum(-1)
+    return words.to(torch.int32).movedim(-1, dim).contiguous()
+
+
+def parameter(data: torch.Tensor, **attributes: Any) -> torch.nn.Parameter:
+    made = torch.nn.Parameter(data, requires_grad=False)
+    for name, value in attributes.items():
+        setattr(made, name, value)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group", [GROUP, -1])
+@pytest.mark.parametrize("form", ["compressed-tensors", "asymmetric", "gptq", "awq"])
+def test_four_bits(form: str, group: int, dtype: torch.dtype) -> None:
+    groups = 1 if group == -1 else WIDTH // group
+    q = torch.randint(0, 16, (CHANNELS, WIDTH))
+    scales = (torch.rand(CHANNELS, groups) + 0.5).to(dtype)
+    zeros = torch.randint(0, 16, (CHANNELS, groups))
+    has_zeros = form in ("asymmetric", "awq")
+    zero = None
+    if form in ("compressed-tensors", "asymmetric"):
+        weight = parameter(packed(q, 4, 1), input_dim=1, output_dim=0, packed_dim=1)
+        scale = parameter(scales.clone(), output_dim=0)
+    else:
+        weight = parameter(packed(q.t(), 4, 0), input_dim=0, output_dim=1, packed_dim=0)
+        scale = parameter(scales.t().contiguous(), output_dim=1)
+    if has_zeros:
+        zero = parameter(packed(zeros, 4, 0), output_dim=0, packed_dim=0)
+    elif form == "gptq":  # loaded, and without a meaning
+        zero = parameter(torch.zeros(groups, CHANNELS // 8, dtype=torch.int32))
+    bias = torch.randn(CHANNELS).to(dtype)
+    layer = SimpleNamespace(w=weight, s=scale, z=zero, bias=parameter(bias))
+    kind = scalar_types.uint4 if has_zeros else scalar_types.uint4b8
+    wanted = asked(weight_type=kind, zero_points=has_zeros, act_type=dtype, group_size=group)
+    assert ScaleLLMLinearKernel.can_implement(wanted) == (True, None)
+    kernel = ScaleLLMLinearKernel(wanted, "w", "s", None if zero is None else "z")
+    for _ in range(2):  # again: nothing
+        kernel.process_weights_after_loading(layer)
+    assert layer.w.numel() == layer.s.numel() == 0, "the checkpoint's tensors are let go"
+    spread = WIDTH // groups
+    offset = zeros.repeat_interleave(spread, 1) if has_zeros else 8
+    exact = (q - offset).double() * scales.double().repeat_interleave(spread, 1)
+    for shape in ((1, WIDTH), (7, WIDTH), (2, 5, WIDTH)):
+        x = torch.randn(shape).to(dtype)
+        rows = reference.quantized_rows(x.view(-1, WIDTH))
+        for offset in (layer.bias, None):
+            y = kernel.apply_weights(layer, x, offset)
+            expected = reference.linear(rows, exact, None if offset is None else bias)
+            assert y.shape == (*shape[:-1], CHANNELS)
+            assert y.dtype == dtype
+            error = (y.view(-1, CHANNELS).double() - expected).abs().max()
+            assert error < 0.01 * expected.abs().max()
+
+
+@pytest.mark.parametrize("group", [-1, GROUP])
+def test_eight_bits(group: int) -> None:
+    q = torch.randint(-127, 128, (CHANNELS, WIDTH))
+    groups = 1 if group == -1 else WIDTH // group
+    scales = (torch.rand(CHANNELS, groups) + 0.5).bfloat16()
+    weight = parameter(packed(q + 128, 8, 1), input_dim=1, output_dim=0, packed_dim=1)
+    layer = SimpleNamespace(w=weight, s=parameter(scales.clone(), output_dim=0), bias=None)
+    wanted = asked(weight_type=scalar_types.uint8b128, group_size=group)
+    assert ScaleLLMLinearKernel.can_implement(wanted) == (True, None)
+    kernel = ScaleLLMLinearKernel(wanted, "w", "s")
+    kernel.process_weights_after_loading(layer)
+    x = torch.randn(5, WIDTH).bfloat16()
+    exact = q.double() * scales.double().repeat_interleave(WIDTH // groups, 1)
+    expected = reference.linear(reference.quantized_rows(x), exact, None)
+    error = (kernel.apply_weights(layer, x).double() - expected).abs().max()
+    assert error < 0.01 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        ({"group_size": 48}, "groups of 48 of 128 inputs"),
+        ({"act_type": torch.float32}, "rows of torch.float32"),
+        ({"out_type": torch.float32}, "results of torch.float32"),
+        ({"zero_points": True}, "weights of type"),  # and not those of that type
+        ({"weight_type": scalar_types.uint4}, "weights of type"),  # AWQ without zeros
+        ({"weight_type": scalar_types.uint8b128, "group_size": 48}, "groups of 48"),
+    ],
+)
+def test_what_is_left_to_vllm(other: dict[str, Any], why: str) -> None:
+    possible, said = ScaleLLMLinearKernel.can_implement(asked(**other))
+    assert not possible
+    assert why in str(said)
+
+
+def test_rows_of_16_bits_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "0")
+    assert "VLLM_CPU_INT4_W4A8=0" in str(ScaleLLMLinearKernel.can_implement(asked())[1])
+
+
+def test_it_comes_first_unless_an_option_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = [object]
+    monkeypatch.setitem(linear._POSSIBLE_KERNELS, PlatformEnum.CPU, listed)
+    without = config.parse({"quantization": {"checkpoints": False}})
+    monkeypatch.setattr(config, "current", lambda: without)
+    checkpoints.offer()
+    assert listed == [object]
+    monkeypatch.setattr(config, "current", config.Config)
+    for _ in range(2):
+        checkpoints.offer()
+        assert listed == [ScaleLLMLinearKernel, object]
