@@ -2,11 +2,12 @@
 
     python -m scalellm_plugins.benchmarks.compressed_serving [--kinds bf16,w8a8,int4]
 
-Real vLLM on the CPU, without a plugin, and the model of `quantized_serving`, 0.5B parameters, with
+Real vLLM on the CPU, without a plugin, and with ours for a kind with "+plugin" (quantization alone:
+whose kernel multiplies), and the model of `quantized_serving`, 0.5B parameters, with
 random weights in a checkpoint of 1 GB. Each kind is made by the command line once, in a process of
 its own: seconds, and the largest resident set. Then the servers take turns, one after the other and
-round by round, and decode as those of `quantized_serving` do. int8 (W8A16) is made, but not served:
-vLLM has no CPU kernel for it.
+round by round, and decode as those of `quantized_serving` do. int8 (W8A16) is not served by
+vLLM alone, which has no CPU kernel for it.
 
 Peaks count the pages of a checkpoint that is mapped; they are the page cache's, and can be dropped.
 """
@@ -42,6 +43,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 }
 """Options of `scalellm compress`; of 24 layers, and of 4,864 channels."""
 
+PLUGIN = "+plugin"
 UNSERVED = {"int8": "no CPU kernel in vLLM for W8A16"}
 
 
@@ -52,7 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--kinds", default="bf16,w8a8,int4,int8,drop6,ffn25", help=", ".join(KINDS))
+    parser.add_argument(
+        "--kinds",
+        default="bf16,w8a8,int4,int4+plugin,int8,int8+plugin,drop6,ffn25",
+        help=f"{', '.join(KINDS)}; each also with {PLUGIN}",
+    )
     parser.add_argument("--streams", default="1,8")
     parser.add_argument("--tokens", type=int, default=30, help="per answer")
     parser.add_argument("--rounds", type=int, default=2)
@@ -64,18 +70,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     streams = [int(number) for number in options.streams.split(",")]
     made: dict[str, dict[str, Any]] = {}
     found: dict[str, list[dict[str, Any]]] = {k: [] for k in kinds if k not in UNSERVED}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         models = {"bf16": write_weights(write_model(folder))}
         text = calibration_text(folder / "text.txt")
-        for kind in kinds:
-            if kind != "bf16":
+        for kind in (name.removesuffix(PLUGIN) for name in kinds):
+            if kind not in models:
                 models[kind] = folder / kind
                 made[kind] = compress(kind, models, text, options.calibration_tokens)
                 print(kind, json.dumps(made[kind]), flush=True)
         for _ in range(options.rounds):
             for kind in found:
-                served = figures(System(kind, ""), models[kind], streams, options.tokens)
+                model = models[kind.removesuffix(PLUGIN)]
+                plugins = ("scalellm.quantization",) if kind.endswith(PLUGIN) else ()
+                served = figures(System(kind, "", plugins), model, streams, options.tokens)
                 found[kind].append(served)
                 print(kind, json.dumps(served), flush=True)
         bf16_mb = weights_mb(models["bf16"])

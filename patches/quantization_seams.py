@@ -107,6 +107,18 @@ QUANTIZATION_SEAMS: tuple[Seam, ...] = (
         why="vLLM takes the first kernel of a list that says it can, and hands it packed weights",
         targets=(
             Target(module=_LINEAR, qualname="_POSSIBLE_KERNELS", kind="attribute"),
+            Target(module=_LINEAR, qualname="_POSSIBLE_INT8_KERNELS", kind="attribute"),
+            Target(
+                module=_LINEAR,
+                qualname="init_int8_linear_kernel",
+                reads=("_POSSIBLE_INT8_KERNELS",),
+                calls=("Int8ScaledMMLinearLayerConfig",),
+            ),
+            Target(
+                module=f"{_LINEAR}.scaled_mm.ScaledMMLinearKernel",
+                qualname="Int8ScaledMMLinearKernel._get_layer_params",
+                parameters=("layer",),
+            ),
             Target(
                 module=_LINEAR,
                 qualname="choose_mp_linear_kernel",

@@ -18,7 +18,10 @@ from vllm.scalar_type import scalar_types
 from scalellm_plugins import config
 from scalellm_plugins.kernels import reference, registry
 from scalellm_plugins.quantization import checkpoints
-from scalellm_plugins.quantization.checkpoints import ScaleLLMLinearKernel
+from scalellm_plugins.quantization.checkpoints import (
+    ScaleLLMInt8LinearKernel,
+    ScaleLLMLinearKernel,
+)
 
 pytestmark = pytest.mark.vllm
 
@@ -122,6 +125,34 @@ def test_eight_bits(group: int) -> None:
     assert error < 0.01 * expected.abs().max()
 
 
+def test_w8a8(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randint(-127, 128, (CHANNELS, WIDTH), dtype=torch.int8)
+    scales, bias = torch.rand(CHANNELS, 1) + 0.5, torch.randn(CHANNELS).bfloat16()
+    layer = SimpleNamespace(weight=parameter(q.clone()), weight_scale=parameter(scales.clone()))
+    layer.bias = parameter(bias)
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.bfloat16)
+    kernel = linear.init_int8_linear_kernel(True, False, True, "test")
+    assert not isinstance(kernel, ScaleLLMInt8LinearKernel), "not offered yet"
+    monkeypatch.setattr(linear, "_POSSIBLE_KERNELS", {PlatformEnum.CPU: []})
+    lists = {PlatformEnum.CPU: list(linear._POSSIBLE_INT8_KERNELS[PlatformEnum.CPU])}
+    monkeypatch.setattr(linear, "_POSSIBLE_INT8_KERNELS", lists)
+    checkpoints.offer()
+    kernel = linear.init_int8_linear_kernel(True, False, True, "test")
+    assert isinstance(kernel, ScaleLLMInt8LinearKernel)
+    for _ in range(2):
+        kernel.process_weights_after_loading(layer)
+    assert layer.weight.numel() == 0
+    x = torch.randn(2, 5, WIDTH).bfloat16()
+    rows = reference.quantized_rows(x.view(-1, WIDTH))
+    expected = reference.linear(rows, q.double() * scales.double(), bias)
+    y = kernel.apply_weights(layer, x, layer.bias)
+    error = (y.view(-1, CHANNELS).double() - expected).abs().max()
+    assert error < 0.01 * expected.abs().max()
+    for asked_for in ((False, False, True), (True, True, True), (True, False, False)):
+        other = linear.init_int8_linear_kernel(*asked_for, "test")
+        assert not isinstance(other, ScaleLLMInt8LinearKernel)
+
+
 @pytest.mark.parametrize(
     ("other", "why"),
     [
@@ -145,13 +176,15 @@ def test_rows_of_16_bits_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_it_comes_first_unless_an_option_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
-    listed = [object]
+    listed, listed8 = [object], [object]
     monkeypatch.setitem(linear._POSSIBLE_KERNELS, PlatformEnum.CPU, listed)
+    monkeypatch.setitem(linear._POSSIBLE_INT8_KERNELS, PlatformEnum.CPU, listed8)
     without = config.parse({"quantization": {"checkpoints": False}})
     monkeypatch.setattr(config, "current", lambda: without)
     checkpoints.offer()
-    assert listed == [object]
+    assert listed == listed8 == [object]
     monkeypatch.setattr(config, "current", config.Config)
     for _ in range(2):
         checkpoints.offer()
         assert listed == [ScaleLLMLinearKernel, object]
+        assert listed8 == [ScaleLLMInt8LinearKernel, object]

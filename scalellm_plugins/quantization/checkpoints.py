@@ -1,15 +1,14 @@
-"""Quantized checkpoints on CPUs: our kernel in the place of vLLM's for weights of 4 and 8 bits.
+"""Quantized checkpoints on CPUs: our kernels in the place of vLLM's for weights of 4 and 8 bits.
 
-compressed-tensors (pack-quantized), GPTQ and AWQ all ask one list of vLLM for a kernel for
-"mixed precision": integer weights, 16-bit rows. vLLM's own for CPUs multiplies 16-bit rows by
-weights that it unpacks anew for every row; ours rounds rows to 8 bits, as vLLM's does where there
-is AMX, and as `--quantization scalellm_int4` does.
+compressed-tensors (pack-quantized), GPTQ and AWQ all ask one list of vLLM for a kernel for "mixed
+precision": integer weights, 16-bit rows. vLLM's own for CPUs multiplies such rows by weights that
+it unpacks anew for every row; ours rounds rows to 8 bits, as vLLM's does where there is AMX, and as
+`--quantization scalellm_int4` does. 8-bit weights in groups are rounded anew, to a scale per
+channel: as exact as `--quantization scalellm_int8` is. For W8A8, whose rows are rounded anyway,
+there is another list.
 
-8-bit weights in groups are rounded anew, to a scale per channel: as exact as
-`--quantization scalellm_int8` is.
-
-It declines, and vLLM's own is taken, where weights have no shape for it, where there is AMX (vLLM's
-uses its matrix units), and where VLLM_CPU_INT4_W4A8=0 asks for rows of 16 bits.
+They decline, and vLLM's own are taken, where weights have no shape for them, where there is AMX
+(vLLM's use its matrix units), and where VLLM_CPU_INT4_W4A8=0 asks for rows of 16 bits.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import torch
 from vllm import envs
 from vllm.model_executor.kernels import linear
 from vllm.model_executor.kernels.linear.mixed_precision import MPLinearKernel
+from vllm.model_executor.kernels.linear.scaled_mm import Int8ScaledMMLinearKernel
 from vllm.platforms import PlatformEnum
 from vllm.scalar_type import scalar_types
 
@@ -32,15 +32,50 @@ _MIDDLE = 8
 """The zero of 4-bit weights without one."""
 
 
+_DTYPES = (torch.bfloat16, torch.float16)
+_AMX = "vLLM's own uses AMX"
+
+
 def offer() -> None:
-    """Put the kernel first in the list for CPUs, unless an option says no. Idempotent."""
-    listed = linear._POSSIBLE_KERNELS[PlatformEnum.CPU]
-    if config.current().quantization.checkpoints and ScaleLLMLinearKernel not in listed:
-        listed.insert(0, ScaleLLMLinearKernel)
+    """Put the kernels first in the lists for CPUs, unless an option says no. Idempotent."""
+    if not config.current().quantization.checkpoints:
+        return
+    for lists, kernel in (
+        (linear._POSSIBLE_KERNELS, ScaleLLMLinearKernel),
+        (linear._POSSIBLE_INT8_KERNELS, ScaleLLMInt8LinearKernel),
+    ):
+        listed = lists[PlatformEnum.CPU]
+        if kernel not in listed:
+            listed.insert(0, kernel)
 
 
-class ScaleLLMLinearKernel(MPLinearKernel):  # type: ignore[misc]
-    """A linear layer of a quantized checkpoint. Its name is what VLLM_DISABLED_KERNELS takes."""
+class _Applied:
+    """How a layer is applied that `layer.kernel` and `layer.bias_float` were made for."""
+
+    def apply_weights(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return y [..., N] for x [..., K]."""
+        kernel = layer.kernel
+        rows = x.reshape(-1, x.shape[-1])
+        y: torch.Tensor = kernel(rows, None if bias is None else layer.bias_float)
+        return y.view(*x.shape[:-1], kernel.out_features)
+
+    @staticmethod
+    def _made(layer: torch.nn.Module, kernel: registry.Kernel, *parameters: Any) -> None:
+        """Set what is applied, and let go of the checkpoint's parameters."""
+        layer.kernel = kernel
+        bias = getattr(layer, "bias", None)
+        layer.bias_float = None if bias is None else bias.data.float()
+        large = any(parameter.data.nbytes >= heap.SMALLEST for parameter in parameters)
+        for parameter in parameters:  # the names stay: LoRA asks them for their device
+            parameter.data = parameter.data.new_empty(0)
+        if large:
+            heap.trim()
+
+
+class ScaleLLMLinearKernel(_Applied, MPLinearKernel):  # type: ignore[misc]
+    """A linear layer with integer weights. Its name is what VLLM_DISABLED_KERNELS takes."""
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -63,15 +98,8 @@ class ScaleLLMLinearKernel(MPLinearKernel):  # type: ignore[misc]
             zeros = getattr(layer, self.w_zp_name or "")
         elif self.w_zp_name and getattr(layer, self.w_zp_name, None) is not None:
             setattr(layer, self.w_zp_name, None)  # GPTQ's are loaded, and mean nothing
-        layer.kernel = self._pack(weight, scales, zeros)
-        bias = getattr(layer, "bias", None)
-        layer.bias_float = None if bias is None else bias.data.float()
-        large = weight.data.nbytes >= heap.SMALLEST
-        for parameter in (weight, scales, zeros):
-            if parameter is not None:  # the names stay: LoRA asks them for their device
-                parameter.data = parameter.data.new_empty(0)
-        if large:
-            heap.trim()
+        kept = (weight, scales) if zeros is None else (weight, scales, zeros)
+        self._made(layer, self._pack(weight, scales, zeros), *kept)
 
     def _pack(self, weight: Any, scales: Any, zeros: Any) -> registry.Kernel:
         """Return the kernel of vLLM's parameters."""
@@ -90,15 +118,32 @@ class ScaleLLMLinearKernel(MPLinearKernel):  # type: ignore[misc]
             zero = _nibbles(zeros).t().contiguous().view(torch.int8)
         return registry.int4_scaled(_nibbles(weight), zero, scale)
 
-    def apply_weights(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return y [..., N] for x [..., K]."""
-        kernel = layer.kernel
-        y: torch.Tensor = kernel(
-            x.reshape(-1, x.shape[-1]), None if bias is None else layer.bias_float
-        )
-        return y.view(*x.shape[:-1], kernel.out_features)
+
+class ScaleLLMInt8LinearKernel(_Applied, Int8ScaledMMLinearKernel):  # type: ignore[misc]
+    """A linear layer of W8A8: rows are rounded as they come, weights have a scale per channel."""
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+        """Return whether this processor has kernels."""
+        del compute_capability
+        why = _AMX if torch.cpu._is_amx_tile_supported() else registry.missing("int8")
+        return not why, why or None
+
+    @classmethod
+    def can_implement(cls, c: Any) -> tuple[bool, str | None]:
+        """Return whether weights of this kind are multiplied here, and why not."""
+        if not c.is_channelwise or c.is_static_input_scheme or not c.input_symmetric:
+            return False, "a scale per tensor, or rows whose scale or zero was set before"
+        dtype = torch.get_default_dtype()  # the model's, while it is made
+        return dtype in _DTYPES, f"rows of {dtype}"
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Pack the weight, and let go of the checkpoint's. Again: nothing."""
+        weight, scales, *_ = self._get_layer_params(layer)
+        if weight.numel():
+            scale = scales.data.view(-1).float()
+            kernel = registry.int8(weight.data, scale, torch.get_default_dtype())
+            self._made(layer, kernel, weight, scales)
 
 
 def _refusal(c: Any) -> str | None:
@@ -106,12 +151,12 @@ def _refusal(c: Any) -> str | None:
     width, channels = c.partition_weight_shape
     group = width if c.group_size == -1 else c.group_size
     if torch.cpu._is_amx_tile_supported():
-        return "vLLM's own uses AMX"
+        return _AMX
     if not envs.VLLM_CPU_INT4_W4A8:
         return "VLLM_CPU_INT4_W4A8=0 asks for rows of 16 bits"
     if getattr(c, "has_g_idx", False):
         return "weights in an order of their own (act-order)"
-    if c.act_type not in (torch.bfloat16, torch.float16) or c.out_type not in (None, c.act_type):
+    if c.act_type not in _DTYPES or c.out_type not in (None, c.act_type):
         return f"rows of {c.act_type}, results of {c.out_type}"
     if c.weight_type == scalar_types.uint8b128:
         if width % group:
