@@ -17,8 +17,13 @@ nibble and channel c + channels / 2 in the high one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 from . import results, vectors
 from .team import Tiling
+
+_ZERO = "zeroinitializer"
 
 WIDE = Tiling(lanes=16, rows=8, unit=4, together=48)
 NARROW = Tiling(lanes=8, rows=4, unit=4, together=48)
@@ -44,36 +49,23 @@ def tile(tiling: Tiling, kind: str, exact: bool, rows: int) -> str:
     apart = min(unroll, 4 if rows == 1 else 2) if wide else 1
     # With AVX2, multipliers come in for nothing where products of 16 bits are added up.
     through = exact and not wide
-    totals = sums = end = found = ""
+    totals = sums = end = ""
     step = "".join(_weights(tiling, unit) for unit in range(unroll))
     for row in range(rows):
         for unit in range(unroll):
-            step += vectors.load_one(
-                f"a{unit}_{row}", "i32", "%a_at", (unit * rows + row) * 4, lanes
-            )
+            offset = (unit * rows + row) * 4
+            step += vectors.load_one(f"a{unit}_{row}", "i32", "%a_at", offset, lanes)
         for half in (0, 1):
             name = f"{row}_{half}"
             step += _dots(name, unroll, apart) if wide else _pairs(name, exact)
-            totals += (
-                f"  %t_{name} = phi {total} [ zeroinitializer, %entry ], [ %u_{name}, %next ]\n"
-            )
-            start = f"%t_{name}" if through else "zeroinitializer"
+            last = [f"%n{unroll - apart + part if wide else 0}_{name}" for part in range(apart)]
+            start = f"%t_{name}" if through else _ZERO
+            totals += f"  %t_{name} = phi {total} [ {_ZERO}, %entry ], [ %u_{name}, %next ]\n"
             for part in range(apart):
-                last = f"%n{unroll - apart + part if wide else 0}_{name}"
-                sums += f"  %s{part}_{name} = phi {whole} [ {start}, %group ], [ {last}, %k ]\n"
-                if part:
-                    end += f"  %c{part}_{name} = add {whole} {found}, {last}\n"
-                    last = f"%c{part}_{name}"
-                found = last
-            if through:
-                end += f"  %u_{name} = add {whole} {found}, zeroinitializer\n"
-            elif exact:
-                end += f"  %x_{name} = mul {whole} {found}, %m{half}\n"
-                end += f"  %u_{name} = add {whole} %t_{name}, %x_{name}\n"
-            else:
-                arguments = f"{total} %x_{name}, {total} %m{half}, {total} %t_{name}"
-                end += f"  %x_{name} = sitofp {whole} {found} to {total}\n"
-                end += f"  %u_{name} = call {total} @llvm.fma.v{lanes}f32({arguments})\n"
+                sums += (
+                    f"  %s{part}_{name} = phi {whole} [ {start}, %group ], [ {last[part]}, %k ]\n"
+                )
+            end += _add(name, lanes, last, "through" if through else "exact" if exact else "scale")
     size = tiling.channels * 2
     return f"""
 entry:
@@ -114,6 +106,29 @@ next:
 end:
 {results.code(rows, lanes, lambda row, half: f"%u_{row}_{half}", "i32" if exact else "float")}
 """
+
+
+def _add(
+    name: str, lanes: int, sums: Sequence[str], how: Literal["through", "exact", "scale"]
+) -> str:
+    """Return code for the total %u after a group, of its sums and the total %t before it.
+
+    "through": the sums began with that total, and were multiplied on their way.
+    """
+    half = name.split("_")[1]
+    whole, floats = f"<{lanes} x i32>", f"<{lanes} x float>"
+    code, found = "", sums[0]
+    for part, other in enumerate(sums[1:]):
+        code += f"  %c{part}_{name} = add {whole} {found}, {other}\n"
+        found = f"%c{part}_{name}"
+    if how == "through":
+        return code + f"  %u_{name} = add {whole} {found}, {_ZERO}\n"
+    if how == "exact":
+        code += f"  %x_{name} = mul {whole} {found}, %m{half}\n"
+        return code + f"  %u_{name} = add {whole} %t_{name}, %x_{name}\n"
+    arguments = f"{floats} %x_{name}, {floats} %m{half}, {floats} %t_{name}"
+    code += f"  %x_{name} = sitofp {whole} {found} to {floats}\n"
+    return code + f"  %u_{name} = call {floats} @llvm.fma.v{lanes}f32({arguments})\n"
 
 
 def _head(tiling: Tiling, kind: str, exact: bool) -> str:

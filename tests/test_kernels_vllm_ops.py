@@ -1,4 +1,4 @@
-"""8-bit linear layers against the oracle: shapes, rows, memory, and what is not a number."""
+"""Linear layers by vLLM's ops against the oracle: shapes, rows, memory, what is not a number."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from scalellm_plugins.kernels import int8_code, int8_packed, int8_tiles, reference, registry
+from scalellm_plugins.kernels.int4_packed import Int4Packed
 from scalellm_plugins.kernels.int8_linear import Int8Linear
 from scalellm_plugins.kernels.int8_packed import Int8Packed
 from scalellm_plugins.kernels.int8_tiles import Int8Tiles
@@ -153,3 +154,38 @@ def test_made_while_the_default_dtype_is_the_models(width: int) -> None:
         torch.set_default_dtype(before)
     assert (y.double() - expected).abs().max() < 0.01 * expected.abs().max()
     assert (y_four.double() - expected_four).abs().max() < 0.02 * expected_four.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("channels", "width", "group"),
+    [(96, 256, 64), (33, 96, 96), (130, 160, 32), (64, 512, 256), (1, 128, 128)],
+)
+def test_four_bits(channels: int, width: int, group: int, dtype: torch.dtype) -> None:
+    if not hasattr(torch.ops._C, "int4_scaled_mm_cpu"):
+        pytest.skip("vLLM's ops for this processor lack it")
+    four = weights.to_int4(torch.randn(channels, width), group)
+    scales = four.multipliers * four.steps[:, None]
+    kernel = Int4Packed(four.q, four.zeros, scales)
+    weight = reference.int4_weight(four.q, four.zeros, four.multipliers, four.steps)
+    bias = torch.randn(channels)
+    for rows in (1, 4, 7, 33):
+        x = torch.randn(rows, width).to(dtype)
+        exact = reference.quantized_rows(x)
+        for offset in (bias, None):
+            y = kernel(x, offset)
+            assert y.shape == (rows, channels)
+            assert error(y, reference.linear(exact, weight, offset)) < 0.01
+
+
+def test_they_are_chosen_where_there_is_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its matrix units multiply more than vectors do. (Feigned: what is made is not multiplied.)"""
+    if not hasattr(torch.ops._C, "int4_scaled_mm_cpu"):
+        pytest.skip("vLLM's ops for this processor lack it")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    eight = weights.to_int8(torch.randn(1024, 1024))
+    assert isinstance(registry.int8(eight.q, eight.scales, torch.bfloat16), Int8Packed)
+    assert isinstance(registry.int8(eight.q, eight.scales, torch.float16), Int8Linear)
+    four = weights.to_int4(torch.randn(32, 64), 32)
+    kernel = registry.int4(four.q, four.zeros, four.multipliers, four.steps)
+    assert isinstance(kernel, Int4Packed)
