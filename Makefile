@@ -15,7 +15,7 @@ BIN = $(VENV)/bin
 SETUP = $(PYTHON) tools/setup_env.py --vllm $(VLLM) --venv $(VENV) $(if $(CPU),--cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup environment wheels triton serve test test-all test-modes stress bench lint format types doctor lock \
+.PHONY: help setup environment wheels triton serve test test-all test-modes stress gpu bench lint format types doctor lock \
         clean distclean
 
 help: ## this list
@@ -49,6 +49,9 @@ test: environment wheels triton ## all tests: TESTS="tests/test_x.py", PYTEST_AR
 test-all: ## all tests on every version of vLLM that has a lock file
 	@set -e; for version in $(VERSIONS); do \
 	    echo "== vLLM $$version"; $(MAKE) --no-print-directory test VLLM=$$version; done
+
+gpu: ## on a machine with a GPU, torch and Triton: the kernels there, beside cuBLAS
+	@tools/gpu_check.sh
 
 # Frontend, shared memory and scheduler switched off in turn, and vLLM's own API servers.
 MODES = "--scalellm.ipc off" "--scalellm.scheduler off" "--scalellm.frontend off" \
