@@ -109,8 +109,8 @@ class ScaleLLMLinearKernel(_Applied, MPLinearKernel):  # type: ignore[misc]
             q = (_bytes(weight) ^ 0x80).view(torch.int8)
             if scale.shape[1] == 1:
                 return registry.int8(q, scale[:, 0].float(), self.config.act_type)
-            plain = q * scale.repeat_interleave(q.shape[1] // scale.shape[1], dim=1)
-            eight = weights.to_int8(plain)
+            grouped = q.view(*scale.shape, -1).to(scale.dtype).mul_(scale[:, :, None])
+            eight = weights.to_int8(grouped.view(q.shape))
             return registry.int8(eight.q, eight.scales, self.config.act_type)
         if zeros is None:
             zero = torch.full(scale.shape, _MIDDLE, dtype=torch.int8)
