@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -306,6 +306,9 @@ def _value(field: msgspec.structs.FieldInfo, value: Any, path: str) -> Any:
     try:
         converted = msgspec.convert(value, field.type, strict=True)
     except msgspec.ValidationError as error:
+        if words := _words(field.type):
+            names = ", ".join(closest_first(str(value), words))
+            raise ConfigError(f"{path}: {value!r} is unknown. Valid: {names}") from None
         raise ConfigError(f"{path}: {value!r} is not valid: {error}") from None
     if converted is not None and path in CHOICES:
         valid = CHOICES[path]()
@@ -315,6 +318,13 @@ def _value(field: msgspec.structs.FieldInfo, value: Any, path: str) -> Any:
     if converted is not None and path in CHECKS:
         CHECKS[path](converted)
     return converted
+
+
+def _words(kind: Any) -> list[str]:
+    """The words that an option may be, where its type is a list of them."""
+    if get_origin(kind) is Literal:
+        return list(map(str, get_args(kind)))
+    return [word for part in get_args(kind) for word in _words(part)]
 
 
 def _as_bool(value: Any) -> bool | None:

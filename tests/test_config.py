@@ -69,6 +69,31 @@ def test_refusals_name_the_path_the_value_and_the_valid_names(
     assert "\n" not in str(caught.value)
 
 
+def _word_options() -> list[tuple[str, str, tuple[str, ...]]]:
+    """Options that are one of some words: section, name, words."""
+    rows = []
+    for section in msgspec.inspect.type_info(config.Config).fields:  # type: ignore[attr-defined]
+        for field in getattr(section.type, "fields", ()):
+            kinds = [field.type, getattr(field.type, "type", None)]  # below its description
+            words = [kind.values for kind in kinds if isinstance(kind, msgspec.inspect.LiteralType)]
+            rows += [(section.name, field.name, tuple(found)) for found in words]
+    return rows
+
+
+def test_a_word_that_is_none_of_an_options_words_gets_them_told_closest_first() -> None:
+    options = _word_options()
+    assert ("quantization", "zero_point", ("asymmetric", "symmetric")) in options
+    for section, name, words in options:
+        for value in (words[-1][:3], 3):
+            with pytest.raises(ConfigError) as caught:
+                config.parse({section: {name: value}})
+            text = str(caught.value)
+            assert f"scalellm.{section}.{name}: {value!r} is unknown. Valid: " in text
+            assert set(text.rpartition(": ")[2].split(", ")) == set(words)
+    with pytest.raises(ConfigError, match="Valid: symmetric, asymmetric"):
+        config.parse({"quantization": {"zero_point": "sym"}})
+
+
 def test_a_switch_keeps_the_sections_options_whichever_side_it_is_on() -> None:
     options, switch = {"sim": {"gpu": "h100"}}, {"sim": "on"}
     for merged in (config.merge(options, switch), config.merge(switch, options)):
