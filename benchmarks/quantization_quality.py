@@ -24,10 +24,10 @@ import torch
 
 from scalellm_plugins.config import QuantizationConfig
 from scalellm_plugins.kernels import reference, registry
-from scalellm_plugins.quantization import rules, weights
+from scalellm_plugins.quantization import asked, rules, weights
 
 _EXAMPLES = Path(__file__).parents[1] / "examples"
-CASES: dict[str, tuple[rules.Method, QuantizationConfig]] = {
+CASES: dict[str, tuple[asked.Method, QuantizationConfig]] = {
     "int8": ("scalellm_int8", QuantizationConfig()),
     "int4": ("scalellm_int4", QuantizationConfig()),
     "int4, no search": ("scalellm_int4", QuantizationConfig(search="none")),
@@ -86,7 +86,7 @@ def main() -> None:
         options.output.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def quantize(model: Any, method: rules.Method, options: QuantizationConfig) -> float:
+def quantize(model: Any, method: asked.Method, options: QuantizationConfig) -> float:
     """Replace a transformers model's linear layers; return the relative error of their weights."""
     square, total = 0.0, 0.0
     for name, layer in list(_linear_layers(model)):

@@ -31,6 +31,7 @@ from .names import (
     is_vllm_command,
     load_general,
 )
+from .quantization import asked as quantization
 
 if TYPE_CHECKING:
     from .patches.catalog import When
@@ -130,6 +131,8 @@ def from_command_line(
             f"argument --scalellm: {dict(options)!r} has no effect, since no plugin of ScaleLLM "
             "was asked for. Add --plugins scalellm (or VLLM_PLUGINS=scalellm)."
         )
+    if not asked:
+        quantization.refuse_off(quantization.methods(arguments), None, by_choice=True)
     if not asked and not names:
         return
     decided: tuple[FeatureState, ...] = ()
@@ -137,6 +140,7 @@ def from_command_line(
         decided = decision.decide(every, parsed, _unfit(command, arguments))
         raw = _with_worker_bounds(raw, decided, parsed, arguments)
         _check_tenants(decided, parsed)
+        _check_quantization(every, decided, parsed, raw, arguments)
     _export(names, raw if asked else None, decided)
     if _platform_is_stale(before, names):
         _restart()
@@ -213,6 +217,27 @@ def _check_tenants(decided: Iterable[FeatureState], options: config.Config) -> N
         from .frontends import tenants
 
         tenants.load(path)
+
+
+def _check_quantization(
+    names: Sequence[str],
+    decided: Iterable[FeatureState],
+    options: config.Config,
+    raw: Mapping[str, Any],
+    arguments: argparse.Namespace,
+) -> None:
+    """Hold vLLM's --quantization against the feature and its options.
+
+    Raises:
+        ConfigError: a method of a feature that is off, or an option that does nothing.
+    """
+    methods = quantization.methods(arguments)
+    state = next(state for state in decided if state.name == "quantization")
+    if not state.on:
+        chosen = "quantization" not in decision.requested(names, options)
+        quantization.refuse_off(methods, state.why, by_choice=chosen)
+    elif hasattr(arguments, "quantization") and (why := quantization.without_effect(methods, raw)):
+        raise ConfigError(why)
 
 
 def _is_balanced_elsewhere(arguments: argparse.Namespace) -> bool:

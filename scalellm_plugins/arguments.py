@@ -17,6 +17,7 @@ from . import activation, config
 from .errors import ScaleLLMError
 from .features import FEATURES
 from .names import known_names
+from .quantization import asked as quantization
 
 _PLUGINS = "--plugins"
 _OPTIONS = "--scalellm"
@@ -120,7 +121,9 @@ def _act_after_parsing(parser: argparse.ArgumentParser) -> None:
         parsed, rest = parse(tokens, namespace)
         names = getattr(parsed, "plugins", None)
         options = getattr(parsed, "scalellm", None)
-        if names is not None or options is not None or activation.is_due():
+        # A method of ours without us: the name would only be unknown to vLLM.
+        alone = bool(quantization.methods(parsed)) and not activation.states()
+        if names is not None or options is not None or activation.is_due() or alone:
             try:
                 activation.from_command_line(
                     names or [], options or {}, parsed, _command(parser.prog)

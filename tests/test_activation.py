@@ -80,6 +80,46 @@ def test_a_tenants_file_that_cannot_be_is_refused_before_anything_starts(
     run(["scalellm"], options)
 
 
+@pytest.mark.parametrize(
+    ("line", "options", "method", "said"),
+    [
+        (["scalellm"], {"quantization": "off"}, "scalellm_int4", "--scalellm.quantization on"),
+        (["scalellm.ipc"], {}, "scalellm_int4", r"off \(not asked for\)\. Switch it on"),
+        (["other"], {}, "scalellm_w8a8", "Add --plugins scalellm"),
+        (["scalellm"], {"enabled": "off"}, "scalellm_int8", "Drop --scalellm off"),
+        (["scalellm"], {"quantization": {"keep_8bit": "*"}}, "scalellm_int8", "has no effect with"),
+        (["scalellm"], {"quantization": {"skip": "*"}}, None, "has no effect without"),
+    ],
+)
+def test_a_method_that_cannot_be_or_an_option_for_nothing_ends_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch,
+    line: list[str],
+    options: dict[str, object],
+    method: str | None,
+    said: str,
+) -> None:
+    monkeypatch.setattr(names, "known_names", lambda: {"scalellm", "scalellm.ipc", "other"})
+    arguments = argparse.Namespace(api_server_count=None, quantization=method)
+    with pytest.raises(ConfigError, match=said):
+        activation.from_command_line(line, options, arguments)
+    assert config.state_from_env() is None, "nothing is decided for other processes"
+
+
+def test_a_method_of_a_feature_that_this_vllm_cannot_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(HOLDS, "quantization", ["module X is gone"])
+    arguments = argparse.Namespace(api_server_count=None, quantization="scalellm_int4")
+    with pytest.raises(ConfigError, match=r"off \(module X is gone\)\. Drop --quantization"):
+        activation.from_command_line(["scalellm"], {}, arguments)
+
+
+def test_options_of_quantization_where_they_act(environment: pytest.MonkeyPatch) -> None:
+    arguments = argparse.Namespace(api_server_count=None, quantization="scalellm_int4")
+    options = {"quantization": {"keep_8bit": "*.o_proj"}}
+    activation.from_command_line(["scalellm"], options, arguments)
+    activation.from_command_line(["scalellm"], {}, arguments)  # as after a restart
+    assert config.current().quantization.keep_8bit == "*.o_proj"
+
+
 def test_a_feature_is_picked_by_name() -> None:
     assert on(decision.decide(["scalellm.status"], config.Config())) == {"status"}
 

@@ -127,6 +127,7 @@ def test_a_value_that_is_no_object_is_a_usage_error(
         ("--plugins scalellm.icp", ["'scalellm.icp'", "Valid: scalellm.ipc"]),
         ('--plugins scalellm --scalellm {"ipcc":1}', ["scalellm.ipcc", "ipc"]),
         ('--scalellm {"ipc":"on"}', ["no effect", "--plugins scalellm"]),
+        ("--quantization scalellm_int4", ["'scalellm_int4'", "Add --plugins scalellm"]),
     ],
 )
 def test_mistakes_end_in_a_usage_error_before_anything_starts(
@@ -136,6 +137,7 @@ def test_mistakes_end_in_a_usage_error_before_anything_starts(
     parts: list[str],
 ) -> None:
     parser = add_arguments(argparse.ArgumentParser())
+    parser.add_argument("--quantization")
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(line.split())
     assert stop.value.code == 2

@@ -11,7 +11,7 @@ from scalellm_plugins import config
 from scalellm_plugins.config import QuantizationConfig
 from scalellm_plugins.errors import ConfigError
 from scalellm_plugins.kernels import int4_tiles, int8_tiles, reference, registry
-from scalellm_plugins.quantization import rules, weights
+from scalellm_plugins.quantization import asked, rules, weights
 
 QKV = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 OPTIONS = QuantizationConfig()
@@ -108,7 +108,7 @@ def test_the_group_that_fits(width: int, wanted: int, group: int) -> None:
     ],
 )
 def test_rules(
-    method: rules.Method, options: QuantizationConfig, expected: tuple[int, int]
+    method: asked.Method, options: QuantizationConfig, expected: tuple[int, int]
 ) -> None:
     """The checkpoint's name of a fused layer's part counts for all of it."""
     names = rules.names_of("model.layers.0.self_attn.qkv_proj", QKV)
@@ -129,6 +129,22 @@ def test_experts_are_refused_by_name_or_skipped() -> None:
     assert "--scalellm.quantization.skip '*.experts'" in str(error.value)
     skipped = QuantizationConfig(skip="*.experts")
     rules.refuse_experts("scalellm_int4", skipped, "model.layers.3.mlp.experts")
+
+
+def test_experts_are_refused_early_where_no_pattern_can_mean_them() -> None:
+    for skip in (None, "*.o_proj"):
+        options = QuantizationConfig(skip=skip)
+        with pytest.raises(ConfigError, match="int4: /models/moe is a mixture of") as error:
+            rules.refuse_experts_early("scalellm_int4", options, "/models/moe")
+        assert "--scalellm.quantization.skip '*.experts'" in str(error.value)
+    for skip in ("*.experts", "*.mlp.*"):
+        rules.refuse_experts_early("scalellm_int4", QuantizationConfig(skip=skip), "/models/moe")
+
+
+def test_an_output_layer_that_is_to_be_left_alone_is() -> None:
+    assert rules.head_plan("scalellm_int4", OPTIONS, "lm_head").bits == 8
+    skipped = QuantizationConfig(skip="lm_head", lm_head_8bit=True)
+    assert rules.head_plan("scalellm_int4", skipped, "lm_head").bits == 16
 
 
 @pytest.mark.parametrize(
@@ -155,6 +171,7 @@ def test_what_a_processor_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     for module in (int4_tiles, int8_tiles):
         monkeypatch.setattr(module, "best", lambda: None)
     assert "AVX2 and F16C" in registry.missing("int4")
+    monkeypatch.setattr(registry, "_ONEDNN", ())
     assert registry.missing("int8") == "", "oneDNN stands in"
     monkeypatch.setattr(registry, "_ONEDNN", ("an_op_of_another_build",))
     assert "lack an_op_of_another_build" in registry.missing("int8")

@@ -8,15 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from scalellm_plugins.config import QuantizationConfig
-from scalellm_plugins.errors import ConfigError
 from scalellm_plugins.kernels import registry
 
+from .asked import Method, may_name_experts, mixture
 from .weights import group_for
-
-Method = Literal["scalellm_int8", "scalellm_w8a8", "scalellm_int4"]
-
-METHODS: tuple[Method, ...] = ("scalellm_int8", "scalellm_w8a8", "scalellm_int4")
-"""Names for vLLM's --quantization."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +65,13 @@ def plan(
     return Plan(4, group)
 
 
+def head_plan(method: Method, options: QuantizationConfig, prefix: str) -> Plan:
+    """Return what becomes of the output layer where it is to have 8 bits: `skip` goes before."""
+    if matches([prefix], patterns(options.skip)):
+        return Plan(16, why="scalellm.quantization.skip")
+    return Plan(8, round_rows=method == "scalellm_w8a8")
+
+
 def refuse_experts(method: Method, options: QuantizationConfig, prefix: str) -> None:
     """Raise for a mixture of experts that is not to be skipped.
 
@@ -77,7 +79,14 @@ def refuse_experts(method: Method, options: QuantizationConfig, prefix: str) -> 
         ConfigError: its experts would silently stay in 16 bits.
     """
     if not matches([prefix], patterns(options.skip)):
-        raise ConfigError(
-            f"--quantization {method}: {prefix} is a mixture of experts, which is not quantized. "
-            f"To leave experts in 16 bits: --scalellm.quantization.skip '*.experts'"
-        )
+        raise mixture(method, prefix)
+
+
+def refuse_experts_early(method: Method, options: QuantizationConfig, model: str) -> None:
+    """Raise for a model of which only its config.json is known, if none of the patterns can help.
+
+    Raises:
+        ConfigError: as `refuse_experts` would, half a minute later.
+    """
+    if not may_name_experts(patterns(options.skip)):
+        raise mixture(method, model)
