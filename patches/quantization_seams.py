@@ -93,6 +93,48 @@ QUANTIZATION_SEAMS: tuple[Seam, ...] = (
                 qualname="UnquantizedLinearMethod.create_weights",
                 calls=("ModelWeightParameter", "layer.register_parameter"),
             ),
+            # The first layer that is packed knows that all have been made: patterns of options
+            # that match none of them are refused then.
+            Target(
+                module="vllm.model_executor.model_loader.base_loader",
+                qualname="BaseModelLoader.load_model",
+                calls=("self.load_weights", "process_weights_after_loading"),
+            ),
+            # Where only some of the layers are here, or the model is a draft.
+            Target(
+                module="vllm.config.vllm",
+                qualname="get_current_vllm_config_or_none",
+                parameters=(),
+            ),
+            Target(
+                module="vllm.config.vllm",
+                qualname="VllmConfig",
+                kind="class",
+                members=("quant_config", "model_config", "parallel_config", "speculative_config"),
+            ),
+            Target(
+                module="vllm.config.model",
+                qualname="ModelConfig",
+                kind="class",
+                members=("get_total_num_hidden_layers",),
+            ),
+            Target(
+                module="vllm.config.model",
+                qualname="ModelConfig.__post_init__",
+                assigns=("self.runner_type",),
+            ),
+            # A mixture of experts is refused by its config.json, before an engine starts.
+            Target(
+                module="vllm.config.vllm",
+                qualname="VllmConfig._get_quantization_config",
+                calls=("get_quant_config", "quant_config.maybe_update_config"),
+            ),
+            Target(
+                module=f"{_QUANTIZATION}.base_config",
+                qualname="QuantizationConfig.maybe_update_config",
+                parameters=("model_name",),
+                keywords=("hf_config", "revision"),
+            ),
             # Its experts are refused by the name of this class.
             Target(
                 module="vllm.model_executor.layers.fused_moe.routed_experts",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -141,3 +143,20 @@ def test_two_ranks_share_the_layers(serve: Any) -> None:
         expected in answer for expected, answer in zip(QUESTIONS.values(), answers, strict=True)
     ]
     assert sum(right) >= 0.9 * len(right), list(zip(QUESTIONS, answers, strict=True))
+
+
+def test_a_misspelt_pattern_is_the_end_of_the_start(tmp_path: Path) -> None:
+    """Said by the process that has the model; the server neither serves nor stays."""
+    log = tmp_path / "log"
+    line = ["--quantization", "scalellm_int4", "--scalellm.quantization.skip", "*.down_porj"]
+    vllm = Path(sys.executable).parent / "vllm"
+    with log.open("wb") as output:
+        ended = subprocess.run(
+            [vllm, "serve", DEMO, "--plugins", "scalellm", "--enforce-eager", *line],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=300,
+        )
+    assert ended.returncode, log.read_text()
+    said = r"ConfigError: scalellm\.quantization\.skip: '\*\.down_porj' .* mean '\*\.down_proj'\?"
+    assert re.search(said, log.read_text()), log.read_text()

@@ -6,6 +6,7 @@ fused projection works; then its weight is rounded, packed and freed, one layer 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,11 +21,17 @@ from .rules import Plan
 
 
 class QuantizedLinear(LinearMethodBase):  # type: ignore[misc]
-    """One linear layer in 8 or 4 bits."""
+    """One linear layer in 8 or 4 bits. `before_packing` may still refuse the whole model."""
 
-    def __init__(self, plan: Plan, options: QuantizationConfig) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        options: QuantizationConfig,
+        before_packing: Callable[[], None] = lambda: None,
+    ) -> None:
         self._plan = plan
         self._options = options
+        self._before_packing = before_packing
         self._plain: Any = UnquantizedLinearMethod()
 
     def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -33,6 +40,7 @@ class QuantizedLinear(LinearMethodBase):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Round and pack the weight, and let go of it. Again: nothing."""
+        self._before_packing()
         weight = layer.weight
         if weight.numel() == 0:
             return
@@ -75,8 +83,13 @@ class QuantizedLinear(LinearMethodBase):  # type: ignore[misc]
 class QuantizedHead(QuantizedLinear):
     """The output layer in 8 bits. Where its weight is the embedding's, that stays as it is."""
 
-    def __init__(self, plan: Plan, options: QuantizationConfig) -> None:
-        super().__init__(plan, options)
+    def __init__(
+        self,
+        plan: Plan,
+        options: QuantizationConfig,
+        before_packing: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(plan, options, before_packing)
         self._plain = UnquantizedEmbeddingMethod()
 
     def tie_weights(self, layer: torch.nn.Module, embedding: torch.nn.Module) -> torch.nn.Module:
