@@ -68,12 +68,10 @@ def test_a_bare_switch_has_no_options() -> None:
     assert asked.without_effect([], {"quantization": "on"}) == ""
 
 
-def test_every_option_acts_with_some_method_or_with_none() -> None:
-    """A new option has to say for whom it is."""
-    others = {"enabled", "checkpoints", "gpu"}
+def test_options_that_are_judged_exist() -> None:
+    """Renamed, one would be ignored in silence again."""
     names = {field.name for field in msgspec.structs.fields(QuantizationConfig)}
     assert set(asked._ACTS_WITH) <= names
-    assert names - set(asked._ACTS_WITH) >= others
 
 
 @pytest.mark.parametrize(
