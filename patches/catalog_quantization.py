@@ -9,7 +9,7 @@ _WORKER = "vllm.v1.worker.worker_base"
 
 QUANTIZATION_PATCHES: tuple[Patch, ...] = (
     Patch(
-        name="checkpoint_kernels",
+        name="checkpoint_kernels_first",
         feature="quantization",
         module="patch_v1_worker_worker_base",
         targets=(
