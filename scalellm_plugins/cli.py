@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -43,6 +45,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; raises SystemExit only where argparse does."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    _print_anywhere()
     # Handed over whole: argparse would want to understand their own options.
     if argv[:1] == ["bench"]:
         return _bench(argv[1:])
@@ -61,6 +64,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `scalellm doctor | head`: nobody reads on, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+_SPELLED = {"×": "x", "…": "...", "≤": "<=", "→": "->", "–": "-"}
+
+
+def _print_anywhere() -> None:
+    """Where a terminal or a pipe has no ×, as under LC_ALL=C, it is spelled and no error.
+
+    Bytes of file names that are no text there stay what they are, as Python has it by default.
+    """
+
+    def spell(error: UnicodeError) -> tuple[str | bytes, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        part = "".join(_SPELLED.get(c, c) for c in error.object[error.start : error.end])
+        if part.isascii():
+            return part, error.end
+        raw = "".join(c if "\udc80" <= c <= "\udcff" or c.isascii() else "?" for c in part)
+        return raw.encode("ascii", "surrogateescape"), error.end
+
+    codecs.register_error("scalellm-spell", spell)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="scalellm-spell")
 
 
 def _parser() -> argparse.ArgumentParser:

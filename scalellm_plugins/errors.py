@@ -34,6 +34,10 @@ class CheckpointError(ScaleLLMError):
     """A model's files are missing, damaged, contradict each other or are of an unknown kind."""
 
 
+class OutputError(ScaleLLMError):
+    """What was asked for cannot be written, such as on a full disk."""
+
+
 class UnsupportedVLLMError(ScaleLLMError):
     """There is no vLLM here, or one outside the supported range."""
 

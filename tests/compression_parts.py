@@ -7,7 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 from safetensors.torch import load_file, save_file
+
+from scalellm_plugins import cli
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo_model"
 INDEX = "model.safetensors.index.json"
@@ -19,6 +22,15 @@ TEXT = [
     ]}
     for a in range(1, 9) for b in range(1, 9)
 ]  # fmt: skip
+
+
+def compress(*arguments: object) -> int:
+    return cli.main(["compress", *map(str, arguments)])
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert compress(*arguments) == 2
+    return capsys.readouterr().err
 
 
 def copy_of_demo(folder: Path) -> Path:

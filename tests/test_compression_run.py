@@ -17,20 +17,19 @@ pytest.importorskip("compressed_tensors")
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from scalellm_plugins import cli  # noqa: E402
 from scalellm_plugins.compression import families  # noqa: E402
 from scalellm_plugins.compression.quantize import unpack  # noqa: E402
 
-from .compression_parts import DEMO, INDEX, copy_of_demo, sharded_demo, tiny, write_text  # noqa: E402
-
-
-def compress(*arguments: object) -> int:
-    return cli.main(["compress", *map(str, arguments)])
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert compress(*arguments) == 2
-    return capsys.readouterr().err
+from .compression_parts import (  # noqa: E402
+    DEMO,
+    INDEX,
+    compress,
+    copy_of_demo,
+    refusal,
+    sharded_demo,
+    tiny,
+    write_text,
+)
 
 
 def loaded(folder: Path) -> Any:
@@ -100,11 +99,15 @@ def test_shards_give_the_same_tensors(tmp_path: Path) -> None:
     loaded(tmp_path / "three")
 
 
-def test_dropped_layers_and_cut_channels(tmp_path: Path) -> None:
+def test_dropped_layers_and_cut_channels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The smaller model computes what the same cuts in memory compute."""
     text = write_text(tmp_path / "text.jsonl")
     options = ("--drop-layers", 2, "--prune-ffn", 0.25, "--calibration", text)
     assert compress(sharded_demo(tmp_path / "model", 4), tmp_path / "out", *options) == 0
+    said = capsys.readouterr().err
+    assert all(part in said for part in ("out.partial/model into memory: ", "speed: 12"))
     report = json.loads((tmp_path / "out" / "compression.json").read_text())
     dropped, after = report["dropped_layers"], loaded(tmp_path / "out")
     assert dropped == sorted(sorted(range(5), key=report["influence"].__getitem__)[:2])
@@ -215,6 +218,9 @@ def damage(folder: Path, kind: str) -> None:
         shard.write_bytes(b"")
     elif kind == "missing":
         other.unlink()
+    elif kind == "no index":
+        other.unlink()
+        index.unlink()
     elif kind == "index":
         listed = json.loads(index.read_text())
         name = next(n for n, where in listed["weight_map"].items() if where == shard.name)
@@ -235,7 +241,11 @@ def damage(folder: Path, kind: str) -> None:
         ("truncated", "is damaged: its header describes"),
         ("no header", "is cut short or is no safetensors file"),
         ("empty", "is cut short or is no safetensors file"),
-        ("missing", "model-00002-of-00002.safetensors is missing"),
+        ("missing", "model-00002-of-00002.safetensors is missing, which .*json names .1 of 2"),
+        (
+            "no index",
+            "but shards: .* model.safetensors.index.json, model-00002-of-00002.saf.* again",
+        ),
         ("index", "which does not hold it"),
         ("escape", "is no file name"),
         ("num_hidden_layers=6", "lacks model.layers.5."),
@@ -243,6 +253,8 @@ def damage(folder: Path, kind: str) -> None:
         ("intermediate_size=640", "intermediate_size is 640"),
         ('model_type="mixtral"', "model_type 'mixtral' is not known"),
         ('quantization_config={"quant_method": "awq"}', "quantized already .*awq"),
+        ('quantization_config="awq"', "quantized already .*unnamed"),
+        ("tie_word_embeddings=false", "lacks lm_head.weight"),
     ],
 )
 def test_damage_is_named_before_anything_is_written(
@@ -287,7 +299,7 @@ def test_a_weight_that_is_no_number_is_named(
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     said = refusal(capsys, source, tmp_path / "out", "--scheme", "int4")
     assert "model.layers.3.mlp.up_proj.weight: it has weights that are infinite or not" in said
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_second_process_stays_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,13 +15,14 @@ from typing import Any
 from scalellm_plugins.errors import CheckpointError
 
 from .calibration import WINDOW, Row
+from .container import writing
 from .plan import quantization_config
 from .recipe import Recipe
 
 MISSING = (
     "--method {method} needs llm-compressor, which wants other versions of transformers and "
     "compressed-tensors than vLLM. In an environment of its own, without vLLM: "
-    "pip install 'scalellm-plugins[calibrated]'; then the same command there"
+    "pip install '.[calibrated]' in this project's folder; then the same command there"
 )
 
 
@@ -80,17 +81,19 @@ def write(
     _be_quiet()
     ids = [row.ids for row in rows]
     data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(one) for one in ids]})
-    oneshot(
-        model=load_model(source),
-        tokenizer=load_tokenizer(source),
-        dataset=data,
-        recipe=modifier(recipe, ignored),
-        max_seq_length=WINDOW,
-        num_calibration_samples=len(ids),
-        output_dir=str(folder),
-        # Zeros as they are: there are kernels for sparse files on few devices only.
-        save_compressed=recipe.method != "sparsegpt",
-    )
+    model, tokenizer = load_model(source), load_tokenizer(source)
+    with writing(folder):
+        oneshot(
+            model=model,
+            tokenizer=tokenizer,
+            dataset=data,
+            recipe=modifier(recipe, ignored),
+            max_seq_length=WINDOW,
+            num_calibration_samples=len(ids),
+            output_dir=str(folder),
+            # Zeros as they are: there are kernels for sparse files on few devices only.
+            save_compressed=recipe.method != "sparsegpt",
+        )
 
 
 def _be_quiet() -> None:

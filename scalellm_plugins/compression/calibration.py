@@ -15,11 +15,17 @@ import msgspec
 
 from scalellm_plugins.errors import ConfigError
 
+from . import interrupt
+
 WINDOW = 512
 """Tokens of a row at most."""
 
 HELD_OUT_EVERY = 5
 FEWEST_ROWS = 10
+EXPECTED = (
+    'Each line of a .jsonl file is {"messages": [{"role": "user", "content": "…"}, …]} or '
+    '{"text": "…"}'
+)
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -80,19 +86,50 @@ def load(path: Path, tokenizer: Any, tokens: int) -> Text:
 
 
 def _rows(path: Path, tokenizer: Any) -> Iterator[Row]:
-    text = path.read_text(errors="replace")
+    text = path.read_text("utf-8", errors="replace")
     if path.suffix != ".jsonl":
         row = _plain(text, tokenizer)
         yield from _windows(row, max(64, min(WINDOW, len(row) // FEWEST_ROWS)))
         return
-    for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
+    # Not splitlines(): JSON strings may hold what it takes for the end of a line.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             yield from _windows(_document(json.loads(line), tokenizer), WINDOW)
         except Exception as error:  # a chat template raises whatever it likes
-            raise ConfigError(f"--calibration {path}, document {number}: {error}") from None
+            interrupt.check()
+            said = (
+                f"this is no JSON ({error})" if isinstance(error, json.JSONDecodeError) else error
+            )
+            raise ConfigError(f"--calibration {path}, line {number}: {said}. {EXPECTED}") from None
+
+
+def _check_document(document: Any) -> None:
+    """Raise TypeError, which says what it is instead."""
+    if not isinstance(document, dict):
+        raise TypeError(f"{_shown(document)} is no object")
+    if "messages" not in document:
+        if "text" not in document:
+            raise TypeError(f"no 'messages' and no 'text' in {_shown(document)}")
+        if not isinstance(document["text"], str):
+            raise TypeError(f"'text' is {_shown(document['text'])}, no string")
+        return
+    messages = document["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise TypeError(f"'messages' is {_shown(messages)}, no list of messages")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise TypeError(f"{_shown(message)} is no message with a 'role'")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"
 
 
 def _document(document: Any, tokenizer: Any) -> Row:
+    _check_document(document)
     if "messages" not in document:
         return _plain(document["text"], tokenizer)
     messages = document["messages"]
@@ -100,7 +137,7 @@ def _document(document: Any, tokenizer: Any) -> Row:
     said = _said(messages, text, tokenizer)
     if not said or not tokenizer.is_fast:
         return _plain(text, tokenizer, add_special_tokens=False)
-    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     scored = [
         any(first <= start and end <= last for first, last in said)
         for start, end in made["offset_mapping"]
@@ -109,7 +146,8 @@ def _document(document: Any, tokenizer: Any) -> Row:
 
 
 def _plain(text: str, tokenizer: Any, **options: Any) -> Row:
-    ids = list(tokenizer(text, **options)["input_ids"])
+    # verbose: transformers warns of texts longer than the model takes, which are cut here.
+    ids = list(tokenizer(text, verbose=False, **options)["input_ids"])
     return Row(ids, [True] * len(ids))
 
 

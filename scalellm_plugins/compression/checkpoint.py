@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .families import Family, family_of, place_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("BF16", "F16", "F32")
+_NUMBERED = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
@@ -75,13 +77,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if not isinstance(config.get(key), int):
             raise CheckpointError(f"{folder / 'config.json'} has no number {key!r}")
     checkpoint = Checkpoint(folder, config, family, _shards(folder))
-    _check_layers(checkpoint)
+    _check_tensors(checkpoint)
     return checkpoint
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_bytes())  # UTF-8, whatever the locale
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: this is no Hugging Face checkpoint") from None
     except (OSError, ValueError) as error:
@@ -94,18 +96,35 @@ def _json(path: Path) -> dict[str, Any]:
 def _shards(folder: Path) -> dict[str, dict[str, TensorSpec]]:
     if not (folder / INDEX).exists():
         if not (folder / SINGLE).exists():
-            others = sorted(p.name for p in folder.glob("*.bin")) + sorted(
-                p.name for p in folder.glob("*.safetensors")
-            )
-            found = f" ({', '.join(others[:3])} is not read)" if others else ""
-            raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}{found}")
+            raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}{_instead(folder)}")
         return {SINGLE: read_header(folder / SINGLE)}
     listed = _json(folder / INDEX).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{folder / INDEX} has no weight_map")
-    shards = {name: read_header(folder / _plain(folder, name)) for name in _values(listed)}
+    if gone := [n for n in _values(listed) if not (folder / _plain(folder, n)).exists()]:
+        raise CheckpointError(
+            f"{folder / gone[0]} is missing, which {INDEX} names ({len(gone)} of "
+            f"{len(_values(listed))} files are): copy or download {', '.join(gone[:5])} again"
+        )
+    shards = {name: read_header(folder / name) for name in _values(listed)}
     _check_index(folder, listed, shards)
     return shards
+
+
+def _instead(folder: Path) -> str:
+    """What there is instead of what is read, and the remedy."""
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    if numbered := next(filter(None, map(_NUMBERED.fullmatch, shards)), None):
+        count = int(numbered[2])
+        named = [f"{numbered[1]}-{i:05d}-of-{numbered[2]}.safetensors" for i in range(1, count + 1)]
+        gone = [INDEX, *(name for name in named if name not in shards)]
+        return f", but shards: copy or download {', '.join(gone[:5])} again"
+    if others := shards + sorted(path.name for path in folder.glob("*.bin")):
+        return (
+            f", and {', '.join(others[:3])} is not read: load and save the model with "
+            "transformers, which writes those"
+        )
+    return ": copy or download the weights, too"
 
 
 def _values(listed: Mapping[str, Any]) -> list[str]:
@@ -135,23 +154,24 @@ def _check_index(
                 )
 
 
-def _check_layers(checkpoint: Checkpoint) -> None:
-    """Every linear layer that the configuration promises is there, and has the right width."""
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    """Every tensor that the configuration promises is there, and matrices have the right width."""
     tensors, family = checkpoint.tensors, checkpoint.family
-    for layer in range(checkpoint.layers):
-        for module in sorted(family.linears):
-            name = f"model.layers.{layer}.{module}.weight"
-            spec = tensors.get(name)
-            if spec is None:
-                raise CheckpointError(
-                    f"{checkpoint.folder} lacks {name}, which its config promises"
-                )
-            if len(spec.shape) != 2 or spec.dtype not in FLOATS:
-                raise CheckpointError(
-                    f"{name} is {spec.dtype} of shape {list(spec.shape)}: a matrix in "
-                    f"{', '.join(FLOATS)} was expected"
-                )
-            _check_width(checkpoint, name, module, spec)
+    for name in family.promised(checkpoint.config):
+        spec = tensors.get(name)
+        if spec is None:
+            raise CheckpointError(
+                f"{checkpoint.folder} lacks {name}, which its config promises: copy or download "
+                "the model again"
+            )
+        matrix = _is_matrix(family, name)
+        if len(spec.shape) != 1 + matrix or spec.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{name} is {spec.dtype} of shape {list(spec.shape)}: a "
+                f"{'matrix' if matrix else 'vector'} in {', '.join(FLOATS)} was expected"
+            )
+        if (place := place_of(name)) is not None:
+            _check_width(checkpoint, name, place.module, spec)
     highest = max((place.layer for name in tensors if (place := place_of(name))), default=-1)
     if highest >= checkpoint.layers:
         raise CheckpointError(
@@ -159,11 +179,17 @@ def _check_layers(checkpoint: Checkpoint) -> None:
         )
 
 
+def _is_matrix(family: Family, name: str) -> bool:
+    if (place := place_of(name)) is None:
+        return name != "model.norm.weight"
+    return place.kind == "weight" and place.module in family.linears
+
+
 def _check_width(checkpoint: Checkpoint, name: str, module: str, spec: TensorSpec) -> None:
     family, channels = checkpoint.family, checkpoint.channels
     if module in family.rows:
         found, expected = spec.shape[0], channels * family.rows[module]
-    elif module == family.columns:
+    elif module == family.columns and len(spec.shape) == 2:
         found, expected = spec.shape[1], channels
     else:
         return

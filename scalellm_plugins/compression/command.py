@@ -7,13 +7,15 @@ from pathlib import Path
 
 from scalellm_plugins.errors import CheckpointError
 
-from .recipe import CHANNEL, GROUP_SIZES, METHODS, SCHEMES, Recipe
+from . import interrupt
+from .progress import say
+from .recipe import CHANNEL, GROUP_SIZE, GROUP_SIZES, METHODS, SCHEMES, TOKENS, Recipe
 
 ABOUT = """\
-Write a smaller copy of a model that any server loads, without this package: fewer layers, narrower
+Write a smaller copy of a model that servers load without this package: fewer layers, narrower
 MLPs, integer weights (compressed-tensors). Prints what it cost; OUT/compression.json says more.
 A run that was cut off goes on when the same command is given again; OUT appears when it is whole.
-Exit code: 0 OUT is there, 2 refused."""
+Exit code: 0 OUT is there, 2 refused or not written, 130 interrupted."""
 
 EXAMPLES = """\
 examples:
@@ -23,7 +25,8 @@ examples:
   scalellm compress MODEL OUT --drop-layers 4 --prune-ffn 0.25 --calibration text.txt
   vllm serve OUT"""
 
-TOKENS = 32768
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as of shells."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +49,7 @@ def _add_schemes(parser: argparse.ArgumentParser) -> None:
     schemes.add_argument(
         "--group-size",
         type=_group_size,
-        default=128,
+        default=GROUP_SIZE,
         metavar="N",
         help="weights of a row that share a scale: 32, 64, 128 (default) or channel, the whole "
         "row; w8a8 is always by channel",
@@ -129,6 +132,15 @@ def run(arguments: argparse.Namespace) -> int:
         ScaleLLMError: it was refused.
     """
     try:
+        with interrupt.remembered():
+            return _run(arguments)
+    except KeyboardInterrupt:
+        say("scalellm compress: interrupted; the same command goes on with what is finished")
+        return INTERRUPTED
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    try:
         from . import report, work
     except ImportError as error:
         raise CheckpointError(
@@ -148,5 +160,6 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.model, arguments.out, recipe, arguments.calibration, not arguments.no_measure
     )
     print(report.table(work.compress(job)))
-    print(f"{arguments.out}: as MODEL of any server, such as `vllm serve {arguments.out}`")
+    where = SCHEMES[recipe.scheme].runs if recipe.scheme else "or any other server"
+    print(f"{arguments.out}: `vllm serve {arguments.out}`, {where}")
     return 0

@@ -8,17 +8,19 @@ Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import msgspec
 
-from scalellm_plugins.errors import CheckpointError
+from scalellm_plugins.errors import CheckpointError, OutputError
 
 ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
@@ -88,11 +90,31 @@ def _specs(path: Path, entries: Any, body: int) -> dict[str, TensorSpec]:
     return found
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say which file could not be written, and what helps; the system's error names no file.
+
+    Raises:
+        OutputError: instead of OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free some room there" if full else "mend that"
+        raise OutputError(
+            f"{path} cannot be written ({error}): {remedy}; then the same command goes on"
+        ) from None
+
+
 class Writer:
     """A file whose tensors may be written in any order; it has its name only when all are there.
 
     As a context manager: `with Writer(path, specs) as file: file.write(name, data)`. Left by an
     exception, it leaves nothing behind.
+
+    Raises:
+        OutputError: there is no room, or no right to write.
     """
 
     def __init__(self, path: Path, specs: Iterable[TensorSpec]) -> None:
@@ -103,15 +125,17 @@ class Writer:
         ordered = sorted(specs, key=lambda spec: (-ITEM_BYTES[spec.dtype], spec.name))
         self._missing = {spec.name: spec for spec in ordered}
         self._starts, header = _layout(ordered)
-        self._file = self._temporary.open("wb")
-        self._file.write(header)
+        with writing(path):
+            self._file = self._temporary.open("wb")
+            self._file.write(header)
 
     def write(self, name: str, data: bytes | memoryview) -> None:
         """Write a tensor's bytes: C order, little endian."""
         spec = self._missing.pop(name)
         assert len(data) == spec.nbytes, f"{name}: {len(data)} bytes for {spec}"
-        self._file.seek(self._starts[name])
-        self._file.write(data)
+        with writing(self._path):
+            self._file.seek(self._starts[name])
+            self._file.write(data)
 
     def __enter__(self) -> Writer:
         return self
@@ -122,14 +146,17 @@ class Writer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with self._file:
+        try:
             if kind is None:
                 assert not self._missing, f"never written: {list(self._missing)}"
-                self._file.flush()
-                os.fsync(self._file.fileno())
-        if kind is None:
-            self._temporary.replace(self._path)
-        else:
+                with writing(self._path):
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+                    self._file.close()
+                    self._temporary.replace(self._path)
+        finally:
+            with suppress(OSError):  # on a full disk, what is buffered cannot be written, either
+                self._file.close()
             self._temporary.unlink(missing_ok=True)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from scalellm_plugins.errors import CheckpointError
 
@@ -26,22 +27,47 @@ class Family(msgspec.Struct, frozen=True):
             projection holds every channel twice, gates first.
         columns: whose input columns are the channels.
         per_layer: keys of config.json that are lists with an entry for each layer.
+        norms: of every layer.
+        biases: {key of config.json: linear layers that have a bias where it is true}; "": always.
+        tied: whether `lm_head` is the embedding where config.json does not say so.
     """
 
     fused: tuple[tuple[str, ...], ...]
     rows: Mapping[str, int]
     columns: str = "mlp.down_proj"
     per_layer: tuple[str, ...] = ("layer_types", "no_rope_layers")
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    biases: Mapping[str, tuple[str, ...]] = {}
+    tied: bool = False
 
     @property
     def linears(self) -> frozenset[str]:
         """Every linear layer of a decoder layer."""
         return frozenset(name for group in self.fused for name in group)
 
+    def promised(self, config: Mapping[str, Any]) -> list[str]:
+        """Every tensor that a model of such a config.json has; servers give one that is not there
+        random numbers, or whatever was in memory, and many say nothing."""
+        biased = [
+            module
+            for key, modules in self.biases.items()
+            if not key or config.get(key)
+            for module in modules
+        ]
+        within = [f"{module}.weight" for module in (*sorted(self.linears), *self.norms)]
+        within += [f"{module}.bias" for module in biased]
+        names = ["model.embed_tokens.weight", "model.norm.weight"]
+        if not config.get("tie_word_embeddings", self.tied):
+            names.append("lm_head.weight")
+        layers = range(config["num_hidden_layers"])
+        return names + [f"model.layers.{layer}.{name}" for layer in layers for name in within]
 
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _SPLIT = Family(
     fused=(
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        _QKV,
         ("self_attn.o_proj",),
         ("mlp.gate_proj", "mlp.up_proj"),
         ("mlp.down_proj",),
@@ -57,8 +83,23 @@ _FUSED = Family(
     ),
     rows={"mlp.gate_up_proj": 2},
 )
+_ATTENTION_BIAS = {"attention_bias": (*_QKV, "self_attn.o_proj")}
+_LLAMA = replace(
+    _SPLIT,
+    biases=_ATTENTION_BIAS | {"mlp_bias": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")},
+)
 FAMILIES: Mapping[str, Family] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "granite", "olmo2", "smollm3"), _SPLIT),
+    "llama": _LLAMA,
+    "granite": _LLAMA,
+    "smollm3": replace(_LLAMA, tied=True),
+    "mistral": _SPLIT,
+    "qwen2": replace(_SPLIT, biases={"": _QKV}),
+    "qwen3": replace(_SPLIT, norms=(*_SPLIT.norms, *_HEAD_NORMS), biases=_ATTENTION_BIAS),
+    "olmo2": replace(
+        _SPLIT,
+        norms=("post_attention_layernorm", "post_feedforward_layernorm", *_HEAD_NORMS),
+        biases=_ATTENTION_BIAS,
+    ),
     "phi3": _FUSED,
 }
 """model_type of config.json → family. Each is loaded again by transformers in the tests."""
@@ -90,8 +131,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
         CheckpointError: the architecture is not in the table, or the model is quantized already.
     """
     kind = str(config.get("model_type"))
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "an unnamed method")
+    if (quantized := config.get("quantization_config")) is not None:
+        named = isinstance(quantized, dict) and quantized.get("quant_method")
+        method = named or "an unnamed method"
         raise CheckpointError(
             f"this checkpoint is quantized already (quantization_config: {method}). "
             "Compress the bf16 or fp16 model that it was made from."

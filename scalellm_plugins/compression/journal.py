@@ -6,6 +6,8 @@ OUT.partial/lock            held (flock) by the process that works here
 OUT.partial/model/          what becomes OUT, by one rename
 ```
 
+A folder of that name with anything else in it is somebody else's, and stays as it is.
+
 The journal is replaced after every shard, atomically and on disk before the next one begins. A
 shard that is there and not in the journal was cut off in between, and is made again.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -22,8 +25,11 @@ import msgspec
 
 from scalellm_plugins.errors import ConfigError
 
+from .container import writing
 from .plan import Selection
 from .recipe import Recipe, differences
+
+_FILES = ("journal.json", "journal.json.tmp", "lock")
 
 
 class State(msgspec.Struct, forbid_unknown_fields=True):
@@ -41,7 +47,12 @@ class Journal:
 
     def __init__(self, out: Path, state: State, lock: IO[bytes]) -> None:
         self._out, self._state, self._lock = out, state, lock
-        self.resumed = bool(state.shards) or state.selection is not None
+        self.resumed = bool(state.shards) or self._chose
+
+    @property
+    def _chose(self) -> bool:
+        chosen = self._state.selection
+        return chosen is not None and bool(chosen.influence or chosen.channels)
 
     @property
     def folder(self) -> Path:
@@ -56,7 +67,7 @@ class Journal:
     def select(self, selection: Selection) -> None:
         """Remember the choice: it cost a pass over the text."""
         self._state.selection = selection
-        self._save()
+        self.save()
 
     def has(self, shard: str) -> bool:
         """Whether a shard is finished (and is still what it was)."""
@@ -68,26 +79,45 @@ class Journal:
     def wrote(self, shard: str) -> None:
         """A shard is finished."""
         self._state.shards[shard] = (self.folder / shard).stat().st_size
-        self._save()
+        self.save()
 
     def finish(self) -> None:
         """Make OUT of it.
 
         Raises:
             ConfigError: OUT has come into being meanwhile.
+            OutputError: it cannot be renamed.
         """
-        refuse_existing(self._out)
-        _sync_folder(self.folder)
-        self.folder.rename(self._out)
-        _sync_folder(self._out.parent)
-        self._lock.close()
-        shutil.rmtree(_partial(self._out))
+        _refuse_existing(self._out)
+        with writing(self._out):
+            _sync_folder(self.folder)
+            self.folder.rename(self._out)
+            _sync_folder(self._out.parent)
+        self._remove()
 
-    def close(self) -> None:
-        """Leave the work as it is, for a run to come."""
-        self._lock.close()
+    def give_up(self, refused: bool) -> None:
+        """Leave the work for a run to come, if there is any worth it.
 
-    def _save(self) -> None:
+        Args:
+            refused: the command cannot be done; what it chose is of no use to another.
+        """
+        if self._state.shards or (self._chose and not refused):
+            self._lock.close()
+            return
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._remove()
+
+    def _remove(self) -> None:
+        """Remove what this module has made, and nothing else: a user may have put files there."""
+        partial = _partial(self._out)
+        for name in _FILES:
+            (partial / name).unlink(missing_ok=True)
+        self._lock.close()
+        with suppress(OSError):  # not empty
+            partial.rmdir()
+
+    def save(self) -> None:
+        """Write the journal."""
         write_whole(_partial(self._out) / "journal.json", msgspec.json.encode(self._state))
 
 
@@ -95,16 +125,15 @@ def begin(out: Path, recipe: Recipe, source: Path, fingerprint: str) -> Journal:
     """Begin the work on OUT, or go on with it.
 
     Raises:
-        ConfigError: OUT exists, somebody else is working on it, or what was begun was another
-            command's or on another input.
+        ConfigError: OUT exists, OUT.partial is no folder of ours, somebody else is working on it,
+            or what was begun was another command's or on another input.
+        OutputError: nothing can be written there.
     """
-    refuse_existing(out)
+    refuse(out)
     partial = _partial(out)
-    try:
+    with writing(out):
         (partial / "model").mkdir(parents=True, exist_ok=True)
-        lock = (partial / "lock").open("wb")
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written: {error}") from None
+        lock = (partial / "lock").open("ab")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -112,18 +141,55 @@ def begin(out: Path, recipe: Recipe, source: Path, fingerprint: str) -> Journal:
         raise ConfigError(f"another process is working in {partial}") from None
     state = State(recipe, str(source.resolve()), fingerprint)
     try:
-        return Journal(out, _earlier(partial, state) or state, lock)
+        journal = Journal(out, _earlier(partial, state) or state, lock)
     except BaseException:
         lock.close()
         raise
+    try:
+        for cut_off in (partial / "model").glob("*.tmp"):  # made again, and in the way till then
+            cut_off.unlink()
+        journal.save()  # before anything is in `model`, which is ours by the journal only
+    except BaseException:
+        journal.give_up(refused=False)
+        raise
+    return journal
 
 
-def refuse_existing(out: Path) -> None:
-    """OUT is never overwritten.
+def refuse(out: Path) -> None:
+    """OUT is never overwritten, and a folder OUT.partial that we have not made not touched.
 
     Raises:
-        ConfigError: it exists.
+        ConfigError: there is one.
     """
+    _refuse_existing(out)
+    partial = _partial(out)
+    if not (partial.exists() or partial.is_symlink()):
+        return
+    others = (
+        ["it is no folder"] if partial.is_symlink() or not partial.is_dir() else _others(partial)
+    )
+    if others:
+        raise ConfigError(
+            f"{partial}, in which OUT is prepared, exists and was not made by `scalellm compress` "
+            f"({', '.join(others[:3])}): name another OUT, or move it away"
+        )
+
+
+def _others(partial: Path) -> list[str]:
+    """What is in the folder and not ours; without a journal, nothing has been written yet."""
+    found = sorted(path.name for path in partial.iterdir())
+    others = [name for name in found if name not in (*_FILES, "model")]
+    if not (partial / "journal.json").exists():
+        inside = partial / "model"
+        others += (
+            sorted(f"model/{path.name}" for path in inside.iterdir()) if inside.is_dir() else []
+        )
+        if (partial / "lock").exists() and (partial / "lock").stat().st_size:
+            others.append("lock")
+    return others
+
+
+def _refuse_existing(out: Path) -> None:
     if out.exists() or out.is_symlink():
         raise ConfigError(f"{out} exists and is not overwritten: name another OUT, or remove it")
 
@@ -153,13 +219,18 @@ def _partial(out: Path) -> Path:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, also after a power cut."""
+    """Write a file that is there whole or not at all, also after a power cut.
+
+    Raises:
+        OutputError: there is no room, or no right to write.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(path):
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
 
 
 def _sync_folder(folder: Path) -> None:

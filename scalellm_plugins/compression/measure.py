@@ -73,11 +73,11 @@ def speed(before: Any, after: Any, prompt: Sequence[int]) -> Speed:
     """Time both in turns, so that what else the machine does meets both."""
     rounds: tuple[list[float], list[float]] = ([], [])
     ids = torch.tensor([list(prompt)])
-    for number in range(ROUNDS + 1):
-        for model, rates in zip((before, after), rounds, strict=True):
-            rate = _decode(model, ids)
-            if number:  # the first one warms up
-                rates.append(rate)
+    turns = [turn for _ in range(ROUNDS + 1) for turn in zip((before, after), rounds, strict=True)]
+    for number, (model, rates) in enumerate(track(turns, len(turns), "speed")):
+        rate = _decode(model, ids)
+        if number >= 2:  # each one's first warms up
+            rates.append(rate)
     medians = (statistics.median(rounds[0]), statistics.median(rounds[1]))
     return Speed(medians, (tuple(rounds[0]), tuple(rounds[1])), torch.get_num_threads())
 

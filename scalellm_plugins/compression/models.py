@@ -13,22 +13,58 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from scalellm_plugins.errors import CheckpointError
+
+from . import interrupt
 from .calibration import Row
+from .progress import say
 
 BATCH_TOKENS = 4096
 """Tokens of a batch at most, padding included."""
 
 
 def load_model(folder: Path) -> Any:
-    """Load a checkpoint as it is stored; compressed-tensors are dequantized while loading."""
+    """Load a checkpoint as it is stored; compressed-tensors are dequantized while loading.
+
+    Raises:
+        CheckpointError: transformers cannot, or would not compute with what the files hold: it
+            makes up what it does not find.
+    """
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    say(f"loading {folder} into memory: {size / 1e6:,.0f} MB")
     logging.disable_progress_bar()
-    with contextlib.redirect_stderr(io.StringIO()):  # bars of libraries, of seconds
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # bars of libraries, of seconds
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", output_loading_info=True
+            )
+    except Exception as error:  # many kinds: its configuration, its quantizer, memory
+        interrupt.check()
+        raise CheckpointError(f"transformers cannot load {folder}: {error}") from None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if wrong := sorted(map(str, info[kind])):
+            raise CheckpointError(
+                f"transformers loads {folder} with {kind.replace('_', ' ')}, so what it computes "
+                f"would say nothing: {', '.join(wrong[:5])}"
+            )
+    return model.eval()
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load the checkpoint's tokenizer."""
-    return AutoTokenizer.from_pretrained(folder)
+    """Load the checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: there is none, or transformers cannot.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # many kinds, and many lines
+        interrupt.check()
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise CheckpointError(
+            f"--calibration needs the tokenizer of {folder}, which transformers cannot load: copy "
+            f"tokenizer.json and tokenizer_config.json there ({reason})"
+        ) from None
 
 
 def batches(rows: Sequence[Row]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -14,7 +14,7 @@ from scalellm_plugins.errors import ConfigError
 from .checkpoint import Checkpoint
 from .container import TensorSpec
 from .families import Family, Place, place_of
-from .recipe import CHANNEL, SCHEMES, WIDTH_MULTIPLE, Recipe
+from .recipe import CHANNEL, GROUP_SIZES, PACKED_MULTIPLE, SCHEMES, WIDTH_MULTIPLE, Recipe
 
 PACK_BITS = 32
 """Integers of `weight_packed` are words of so many bits."""
@@ -66,9 +66,16 @@ def kept_channels(recipe: Recipe, channels: int) -> int:
     multiple = math.lcm(WIDTH_MULTIPLE, group)
     kept = min(round(channels * (1 - recipe.prune_ffn) / multiple) * multiple, channels)
     if kept < multiple or kept == channels:
+        most = (channels - 1) // multiple * multiple
+        usable = (
+            f"from {1 - most / channels:.4g} (keeps {most}) to {1 - multiple / channels:.4g} "
+            f"(keeps {multiple}) it can be cut"
+            if most
+            else "there are too few to cut any: leave --prune-ffn out"
+        )
         raise ConfigError(
-            f"--prune-ffn {recipe.prune_ffn}: of {channels} channels a multiple of {multiple} "
-            f"would stay, which makes {kept}"
+            f"--prune-ffn {recipe.prune_ffn:g}: {kept} of this model's {channels} channels would "
+            f"stay, in steps of {multiple}; {usable}"
         )
     return kept
 
@@ -113,6 +120,8 @@ def _step(
     cut = TensorSpec(target, spec.dtype, tuple(shape))
     module = spec.name.rpartition(".")[0]
     quantized = bool(recipe.scheme) and _is_linear(family, place) and module not in ignored
+    if quantized:
+        _check_fit(recipe, family, place, cut)
     outputs = quantized_specs(recipe, cut) if quantized else (cut,)
     return Step(spec.name, target, rows, columns, quantized, outputs)
 
@@ -135,23 +144,39 @@ def _cuts(
     return None, None
 
 
-def quantized_specs(recipe: Recipe, spec: TensorSpec) -> tuple[TensorSpec, ...]:
-    """What a matrix (out × in) becomes in the compressed-tensors format.
+def _check_fit(recipe: Recipe, family: Family, place: Place, spec: TensorSpec) -> None:
+    """Refuse a matrix that no kernel of vLLM takes, or that groups do not divide.
 
     Raises:
-        ConfigError: groups do not divide its width, or its values do not fill words.
+        ConfigError: says which options fit.
     """
+    if SCHEMES[recipe.scheme].activations:
+        return
+    outputs, inputs = spec.shape
+    uneven = inputs % PACKED_MULTIPLE or outputs % PACKED_MULTIPLE
+    size = PACKED_MULTIPLE if recipe.group_size == CHANNEL else recipe.group_size
+    if not uneven and inputs % size == 0:
+        return
+    (group,) = (group for group in family.fused if place.module in group)
+    leave = " ".join(f"--ignore '*.{module}'" for module in group)
+    if uneven:
+        needs = f"multiples of {PACKED_MULTIPLE} in vLLM. Take --scheme w8a8, or {leave}"
+    else:
+        fits = max(n for n in GROUP_SIZES if n != CHANNEL and inputs % n == 0)
+        needs = f"inputs in groups of {size}. Take --group-size {fits}, or {leave}"
+    raise ConfigError(
+        f"{spec.name} has {inputs} inputs and {outputs} outputs: --scheme {recipe.scheme} needs "
+        f"{needs}."
+    )
+
+
+def quantized_specs(recipe: Recipe, spec: TensorSpec) -> tuple[TensorSpec, ...]:
+    """What a matrix (out × in) that fits becomes in the compressed-tensors format."""
     scheme = SCHEMES[recipe.scheme]
     outputs, inputs = spec.shape
     size = inputs if recipe.group_size == CHANNEL else recipe.group_size
     per_word = PACK_BITS // scheme.bits
     packed = not scheme.activations
-    if inputs % size or (packed and (inputs % per_word or outputs % per_word)):
-        raise ConfigError(
-            f"{spec.name} has {inputs} inputs and {outputs} outputs: --scheme {recipe.scheme} "
-            f"needs multiples of {max(size if size != inputs else 1, per_word if packed else 1)}. "
-            "Take a smaller --group-size, or leave the layer alone with --ignore."
-        )
     module = spec.name.removesuffix(".weight")
     scales = TensorSpec(f"{module}.weight_scale", spec.dtype, (outputs, inputs // size))
     if not packed:
@@ -171,7 +196,8 @@ def ignored_modules(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
     """Linear layers of MODEL that match an `--ignore` pattern, by name.
 
     Raises:
-        ConfigError: a pattern matches none, or a part of what vLLM runs as one layer.
+        ConfigError: a pattern matches none, or a part of what vLLM runs as one layer, or they
+            match all.
     """
     family = checkpoint.family
     names = {
@@ -194,6 +220,13 @@ def ignored_modules(checkpoint: Checkpoint, recipe: Recipe) -> list[str]:
                     f"--ignore leaves a part of {', '.join(group)} in layer {layer}: vLLM runs "
                     "them as one layer, so ignore all of them or none"
                 )
+    if len(found) == len(names):
+        patterns = " ".join(f"--ignore {pattern!r}" for pattern in recipe.ignore)
+        done = f"--scheme {recipe.scheme}" if recipe.scheme else f"--method {recipe.method}"
+        raise ConfigError(
+            f"{patterns} leaves nothing for {done}: every linear layer matches; name fewer, such "
+            "as --ignore '*.down_proj'"
+        )
     return sorted(names[key] for key in found)
 
 

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
+from . import interrupt
+
 Item = TypeVar("Item")
 
 LINE_EVERY_S = 10.0
@@ -14,7 +16,12 @@ LINE_EVERY_S = 10.0
 
 
 def track(items: Iterable[Item], total: int, title: str) -> Iterator[Item]:
-    """Yield the items and show on standard error how many of `total` are done."""
+    """Yield the items and show on standard error how many of `total` are done.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, which a library may have kept to itself meanwhile.
+    """
+    items = _interruptible(items)
     if sys.stderr.isatty():
         yield from _bar(items, total, title)
         return
@@ -31,6 +38,12 @@ def track(items: Iterable[Item], total: int, title: str) -> Iterator[Item]:
 def say(text: str) -> None:
     """A line for whoever waits; what a program reads goes to standard output."""
     print(text, file=sys.stderr, flush=True)
+
+
+def _interruptible(items: Iterable[Item]) -> Iterator[Item]:
+    for item in items:
+        interrupt.check()
+        yield item
 
 
 def _bar(items: Iterable[Item], total: int, title: str) -> Iterator[Item]:

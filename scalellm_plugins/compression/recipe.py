@@ -11,25 +11,49 @@ from scalellm_plugins.errors import ConfigError
 CHANNEL = -1
 """The group size that means: one scale for a whole row."""
 
-GROUP_SIZES = (32, 64, 128, CHANNEL)
-"""What vLLM's kernels (Marlin on GPUs, WNA16 on CPUs) have in common."""
+GROUP_SIZES, GROUP_SIZE = (32, 64, 128, CHANNEL), 128
+"""What vLLM's kernels (Marlin on GPUs, WNA16 on CPUs) have in common, and the default."""
+
+PACKED_MULTIPLE = 32
+"""Inputs and outputs of a matrix in 4- or 8-bit words: what those kernels take at least."""
+
+TOKENS = 32768
+"""Of calibration text, by default."""
 
 WIDTH_MULTIPLE = 64
 """A cut MLP keeps a multiple of so many channels: tiles of GEMM kernels, two or more TP ranks."""
 
 
 class Scheme(msgspec.Struct, frozen=True):
-    """An integer format. `activations`: inputs become int8, too, one scale per token."""
+    """An integer format.
+
+    Attributes:
+        activations: inputs become int8, too, one scale per token.
+        runs: where vLLM has kernels for it.
+    """
 
     bits: int
     activations: bool
     about: str
+    runs: str
 
 
 SCHEMES: Mapping[str, Scheme] = {
-    "int4": Scheme(4, False, "W4A16: 4-bit weights with group scales; vLLM on GPU and CPU"),
-    "int8": Scheme(8, False, "W8A16: 8-bit weights with group scales; vLLM on GPU, not on CPU"),
-    "w8a8": Scheme(8, True, "W8A8: 8-bit weights per channel, 8-bit inputs per token; both"),
+    "int4": Scheme(
+        4, False, "W4A16: 4-bit weights with group scales; vLLM on GPU and CPU", "on GPUs and CPUs"
+    ),
+    "int8": Scheme(
+        8,
+        False,
+        "W8A16: 8-bit weights with group scales; vLLM on GPU, not on CPU",
+        "on GPUs only: vLLM has no kernel for it on CPUs, where w8a8 and int4 run",
+    ),
+    "w8a8": Scheme(
+        8,
+        True,
+        "W8A8: 8-bit weights per channel, 8-bit inputs per token; both",
+        "on GPUs and CPUs",
+    ),
 }
 
 
@@ -57,14 +81,14 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     scheme: str = ""
-    group_size: int = 128
+    group_size: int = GROUP_SIZE
     symmetric: bool = True
     ignore: tuple[str, ...] = ()
     drop_layers: int = 0
     prune_ffn: float = 0.0
     method: str = ""
     text: str = ""
-    tokens: int = 0
+    tokens: int = TOKENS
 
     @property
     def selects(self) -> bool:
@@ -88,6 +112,10 @@ def check(recipe: Recipe) -> Recipe:
         raise ConfigError(f"--drop-layers {recipe.drop_layers}: a number of layers, 0 or more")
     if not 0.0 <= recipe.prune_ffn < 1.0:
         raise ConfigError(f"--prune-ffn {recipe.prune_ffn}: it is a share, 0 ≤ R < 1, such as 0.25")
+    if recipe.tokens < 1:
+        raise ConfigError(
+            f"--calibration-tokens {recipe.tokens}: a number of tokens, 1 or more, such as {TOKENS}"
+        )
     if recipe.selects and not recipe.text:
         raise ConfigError(
             "--drop-layers and --prune-ffn choose by what the model does with text: give "
@@ -117,21 +145,37 @@ def _check_method(recipe: Recipe) -> None:
 
 def _check_scheme(recipe: Recipe) -> Recipe:
     if not recipe.scheme:
-        if (recipe.ignore and not recipe.method) or not recipe.symmetric:
-            raise ConfigError("--ignore and --asymmetric change how --scheme works: give one")
+        given = {
+            "--ignore": recipe.ignore and not recipe.method,
+            "--asymmetric": not recipe.symmetric,
+            f"--group-size {_size(recipe.group_size)}": recipe.group_size != GROUP_SIZE,
+        }
+        if idle := " and ".join(option for option, is_given in given.items() if is_given):
+            raise ConfigError(
+                f"{idle}: without --scheme it changes nothing; give one of {', '.join(SCHEMES)}"
+            )
         return recipe
     scheme = SCHEMES[recipe.scheme]
     if recipe.group_size not in GROUP_SIZES:
-        known = ", ".join("channel" if size == CHANNEL else str(size) for size in GROUP_SIZES)
+        known = ", ".join(map(_size, GROUP_SIZES))
         raise ConfigError(f"--group-size {recipe.group_size}: vLLM's kernels know {known}")
     if not recipe.symmetric and recipe.scheme != "int4":
         raise ConfigError(
             f"--asymmetric goes with --scheme int4 only: vLLM has no kernel for {recipe.scheme} "
             "with zero points"
         )
+    if scheme.activations and recipe.group_size not in (GROUP_SIZE, CHANNEL):
+        raise ConfigError(
+            f"--group-size {recipe.group_size}: --scheme {recipe.scheme} is always by channel; "
+            "leave it out"
+        )
     if scheme.activations:  # a sum over the row is made of integers alone: one scale
         return msgspec.structs.replace(recipe, group_size=CHANNEL)
     return recipe
+
+
+def _size(size: int) -> str:
+    return "channel" if size == CHANNEL else str(size)
 
 
 _OPTIONS = {

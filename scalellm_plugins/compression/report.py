@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from .checkpoint import Checkpoint
+from .container import writing
 from .journal import write_whole
 from .measure import Quality, Speed
 from .plan import Selection, Step, ignored_modules, kept_channels
@@ -69,7 +70,8 @@ def save(report: Report, folder: Path) -> None:
         from .picture import draw
     except ImportError:
         return
-    draw(report, folder / PICTURE)
+    with writing(folder / PICTURE):
+        draw(report, folder / PICTURE)
 
 
 def table(report: Report) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from .calibration import Text
 from .checkpoint import Checkpoint, open_checkpoint
 from .families import check_droppable
 from .journal import Journal
-from .plan import Selection
+from .plan import Selection, Step
 from .progress import say
 from .recipe import Recipe, check
 
@@ -48,23 +49,27 @@ def compress(job: Job) -> report.Report:
     Raises:
         ConfigError: options that cannot be, OUT exists, or earlier work there is another's.
         CheckpointError: MODEL is damaged, or nothing is known about it.
+        OutputError: OUT cannot be written.
     """
-    journal.refuse_existing(job.out)
+    journal.refuse(job.out)
     recipe = _with_text(job)
     if recipe.method:
         from . import calibrated
 
         calibrated.require(recipe.method)
     checkpoint = open_checkpoint(find_model(job.model))
-    _check_room(checkpoint, recipe, job.out)
+    trial = _trial(checkpoint, recipe)
+    text = _text(checkpoint, job)
     work = journal.begin(job.out, recipe, checkpoint.folder, checkpoint.fingerprint())
     if work.resumed:
         say(f"going on with {work.folder.parent}")
     try:
-        found = _run(checkpoint, recipe, job, work)
+        _check_room(plan.steps(checkpoint, recipe, work.selection or trial), work, job.out)
+        found = _run(checkpoint, recipe, job, work, text)
         work.finish()
-    finally:
-        work.close()
+    except BaseException as error:
+        work.give_up(refused=isinstance(error, (ConfigError, CheckpointError)))
+        raise
     return found
 
 
@@ -76,31 +81,43 @@ def _with_text(job: Job) -> Recipe:
     return check(recipe)
 
 
-def _check_room(checkpoint: Checkpoint, recipe: Recipe, out: Path) -> None:
-    """Everything that can be known now is refused now: widths, layers, the disk."""
+def _trial(checkpoint: Checkpoint, recipe: Recipe) -> Selection:
+    """A selection of the right size, and the largest one; what cannot be is refused with it."""
     if recipe.drop_layers >= checkpoint.layers:
         raise ConfigError(
-            f"--drop-layers {recipe.drop_layers}: the model has {checkpoint.layers} layers"
+            f"--drop-layers {recipe.drop_layers}: the model has {checkpoint.layers} layers, of "
+            f"which one must stay: at most {checkpoint.layers - 1}"
         )
     if recipe.drop_layers:
         check_droppable(checkpoint.config)
     kept = tuple(range(plan.kept_channels(recipe, checkpoint.channels)))
     layers = tuple(range(checkpoint.layers))
     trial = Selection(layers, dict.fromkeys(layers, kept) if recipe.prune_ffn else {})
-    steps = plan.steps(checkpoint, recipe, trial)
-    needed = sum(spec.nbytes for shard in steps.values() for step in shard for spec in step.outputs)
-    folder = next(p for p in (out.parent, *out.absolute().parents) if p.exists())
-    free = shutil.disk_usage(folder).free
+    plan.steps(checkpoint, recipe, trial)
+    return trial
+
+
+def _check_room(steps: Mapping[str, Sequence[Step]], work: Journal, out: Path) -> None:
+    """Refuse what the disk has no room for; finished shards need none."""
+    todo = [step for shard, made in steps.items() if not work.has(shard) for step in made]
+    needed = sum(spec.nbytes for step in todo for spec in step.outputs)
+    free = shutil.disk_usage(work.folder).free
     if free < needed + SPARE_BYTES:
         raise ConfigError(
-            f"{out} needs up to {needed / 1e9:.2f} GB, {folder} has {free / 1e9:.2f} GB free"
+            f"{out} needs up to {_size(needed)} and {_size(SPARE_BYTES)} in reserve, and "
+            f"{_size(free)} are free there: free some room, or name an OUT on another disk"
         )
 
 
-def _run(checkpoint: Checkpoint, recipe: Recipe, job: Job, work: Journal) -> report.Report:
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def _run(
+    checkpoint: Checkpoint, recipe: Recipe, job: Job, work: Journal, text: Text | None
+) -> report.Report:
     from . import writer  # torch
 
-    text = _text(checkpoint, job)
     if recipe.method:
         return _run_calibrated(checkpoint, recipe, job, work, text)
     selection = work.selection or _select(checkpoint, recipe, text)
@@ -168,8 +185,8 @@ def _measure(checkpoint: Checkpoint, recipe: Recipe, text: Text, work: Journal) 
 
     try:
         before, after = (models.load_model(path) for path in (checkpoint.folder, work.folder))
-    except Exception as error:  # transformers is not needed for OUT, only to judge it here
-        reason = f"transformers cannot load it: {error}"
+    except CheckpointError as error:  # transformers is not needed for OUT, only to judge it here
+        reason = str(error)
         return {"quality_skipped": reason, "speed_skipped": reason}
     found: dict[str, Any] = {"quality": measure.quality(before, after, text.held_out)}
     if recipe.scheme:

@@ -15,7 +15,7 @@ from torch import Tensor
 from scalellm_plugins.errors import CheckpointError
 
 from .checkpoint import INDEX, SINGLE, Checkpoint
-from .container import Writer
+from .container import Writer, writing
 from .journal import Journal, write_whole
 from .plan import Step
 from .progress import track
@@ -96,7 +96,8 @@ def write_rest(
     """Write config.json and the index, and copy the tokenizer and what else MODEL has."""
     for path in sorted(checkpoint.folder.iterdir()):
         if path.is_file() and not any(path.match(pattern) for pattern in NOT_COPIED):
-            shutil.copyfile(path, folder / path.name)
+            with writing(folder / path.name):
+                shutil.copyfile(path, folder / path.name)
     write_whole(folder / "config.json", _json(config))
     if list(plan) != [SINGLE]:
         written = [
