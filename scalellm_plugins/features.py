@@ -51,8 +51,9 @@ FEATURES: dict[str, Feature] = {
         ),
         Feature(
             "quantization",
-            "online int8/int4 for plain bf16 checkpoints on CPUs: --quantization scalellm_int4",
-            "partial",
+            "int8 and int4 on CPUs: plain checkpoints by --quantization scalellm_int4, quantized ones "
+            "faster",
+            "ready",
         ),
         Feature(
             "sim",
