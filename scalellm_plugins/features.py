@@ -51,8 +51,7 @@ FEATURES: dict[str, Feature] = {
         ),
         Feature(
             "quantization",
-            "int8 and int4 on CPUs: plain checkpoints by --quantization scalellm_int4, quantized ones "
-            "faster",
+            "int8 and int4 on CPUs: --quantization scalellm_int4; quantized checkpoints, faster",
             "ready",
         ),
         Feature(

@@ -92,7 +92,7 @@ def test_widths_that_vllm_has_no_kernel_for(
     assert compress(narrow, tmp_path / "int4", "--scheme", "int4", "--group-size", 32) == 0
     assert "int4`, on GPUs and CPUs" in capsys.readouterr().out
     assert compress(narrow, tmp_path / "int8", "--scheme", "int8", "--group-size", "channel") == 0
-    assert "int8`, on GPUs only: vLLM has no kernel" in capsys.readouterr().out
+    assert "int8`, on GPUs; on CPUs with --plugins scalellm" in capsys.readouterr().out
 
 
 def test_a_locale_without_the_letters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,8 +45,8 @@ SCHEMES: Mapping[str, Scheme] = {
     "int8": Scheme(
         8,
         False,
-        "W8A16: 8-bit weights with group scales; vLLM on GPU, not on CPU",
-        "on GPUs only: vLLM has no kernel for it on CPUs, where w8a8 and int4 run",
+        "W8A16: 8-bit weights with group scales; vLLM on GPU, on CPU with this plugin",
+        "on GPUs; on CPUs with --plugins scalellm, for vLLM alone has no kernel there",
     ),
     "w8a8": Scheme(
         8,
