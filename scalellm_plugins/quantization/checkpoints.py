@@ -26,7 +26,7 @@ from vllm.scalar_type import scalar_types
 from scalellm_plugins import config
 from scalellm_plugins.kernels import registry
 
-from . import heap, weights
+from . import heap, packed, weights
 
 _MIDDLE = 8
 """The zero of 4-bit weights without one."""
@@ -49,32 +49,17 @@ def offer() -> None:
             listed.insert(0, kernel)
 
 
-class _Applied:
-    """How a layer is applied that `layer.kernel` and `layer.bias_float` were made for."""
-
-    def apply_weights(
-        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return y [..., N] for x [..., K]."""
-        kernel = layer.kernel
-        rows = x.reshape(-1, x.shape[-1])
-        y: torch.Tensor = kernel(rows, None if bias is None else layer.bias_float)
-        return y.view(*x.shape[:-1], kernel.out_features)
-
-    @staticmethod
-    def _made(layer: torch.nn.Module, kernel: registry.Kernel, *parameters: Any) -> None:
-        """Set what is applied, and let go of the checkpoint's parameters."""
-        layer.kernel = kernel
-        bias = getattr(layer, "bias", None)
-        layer.bias_float = None if bias is None else bias.data.float()
-        large = any(parameter.data.nbytes >= heap.SMALLEST for parameter in parameters)
-        for parameter in parameters:  # the names stay: LoRA asks them for their device
-            parameter.data = parameter.data.new_empty(0)
-        if large:
-            heap.trim()
+def _keep(layer: torch.nn.Module, kernel: registry.Kernel, *parameters: Any) -> None:
+    """Have the layer keep its kernel, and let go of the checkpoint's parameters."""
+    packed.keep(layer, kernel)
+    large = any(parameter.data.nbytes >= heap.SMALLEST for parameter in parameters)
+    for parameter in parameters:  # the names stay: LoRA asks them for their device
+        parameter.data = parameter.data.new_empty(0)
+    if large:
+        heap.trim()
 
 
-class ScaleLLMLinearKernel(_Applied, MPLinearKernel):  # type: ignore[misc]
+class ScaleLLMLinearKernel(MPLinearKernel):  # type: ignore[misc]
     """A linear layer with integer weights. Its name is what VLLM_DISABLED_KERNELS takes."""
 
     @classmethod
@@ -99,7 +84,7 @@ class ScaleLLMLinearKernel(_Applied, MPLinearKernel):  # type: ignore[misc]
         elif self.w_zp_name and getattr(layer, self.w_zp_name, None) is not None:
             setattr(layer, self.w_zp_name, None)  # GPTQ's are loaded, and mean nothing
         kept = (weight, scales) if zeros is None else (weight, scales, zeros)
-        self._made(layer, self._pack(weight, scales, zeros), *kept)
+        _keep(layer, self._pack(weight, scales, zeros), *kept)
 
     def _pack(self, weight: Any, scales: Any, zeros: Any) -> registry.Kernel:
         """Return the kernel of vLLM's parameters."""
@@ -118,8 +103,14 @@ class ScaleLLMLinearKernel(_Applied, MPLinearKernel):  # type: ignore[misc]
             zero = _nibbles(zeros).t().contiguous().view(torch.int8)
         return registry.int4_scaled(_nibbles(weight), zero, scale)
 
+    def apply_weights(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return y [..., N] for x [..., K]."""
+        return packed.apply(layer, x, bias)
 
-class ScaleLLMInt8LinearKernel(_Applied, Int8ScaledMMLinearKernel):  # type: ignore[misc]
+
+class ScaleLLMInt8LinearKernel(Int8ScaledMMLinearKernel):  # type: ignore[misc]
     """A linear layer of W8A8: rows are rounded as they come, weights have a scale per channel."""
 
     @classmethod
@@ -143,7 +134,13 @@ class ScaleLLMInt8LinearKernel(_Applied, Int8ScaledMMLinearKernel):  # type: ign
         if weight.numel():
             scale = scales.data.view(-1).float()
             kernel = registry.int8(weight.data, scale, torch.get_default_dtype())
-            self._made(layer, kernel, weight, scales)
+            _keep(layer, kernel, weight, scales)
+
+    def apply_weights(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return y [..., N] for x [..., K]."""
+        return packed.apply(layer, x, bias)
 
 
 def _refusal(c: Any) -> str | None:

@@ -218,7 +218,7 @@ class OnlineConfig(QuantizationConfig):  # type: ignore[misc]
 
 
 class Int8Config(OnlineConfig):
-    """8-bit weights; activations in 8 bits on CPUs with AVX512, in 16 on others and on GPUs."""
+    """8-bit weights; activations in 8 bits on CPUs, in 16 on GPUs."""
 
     method = "scalellm_int8"
 

@@ -16,12 +16,15 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from scalellm_plugins.config import QuantizationConfig
 from scalellm_plugins.kernels import registry
 
-from . import heap, weights
+from . import heap, packed, weights
 from .rules import Plan
 
 
 class QuantizedLinear(LinearMethodBase):  # type: ignore[misc]
     """One linear layer in 8 or 4 bits. `before_packing` may still refuse the whole model."""
+
+    plain: Any = UnquantizedLinearMethod
+    """vLLM's own way, in which the layer is created and loaded."""
 
     def __init__(
         self,
@@ -32,7 +35,7 @@ class QuantizedLinear(LinearMethodBase):  # type: ignore[misc]
         self._plan = plan
         self._options = options
         self._before_packing = before_packing
-        self._plain: Any = UnquantizedLinearMethod()
+        self._plain = self.plain()
 
     def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         """Make `layer.weight` [N, K] in the model's dtype, as without quantization."""
@@ -44,12 +47,9 @@ class QuantizedLinear(LinearMethodBase):  # type: ignore[misc]
         weight = layer.weight
         if weight.numel() == 0:
             return
-        layer.kernel = self._pack(weight.data)
+        packed.keep(layer, self._pack(weight.data))
         # LoRA asks the weight for its device and dtype, the loader for the parameter.
         layer.weight = torch.nn.Parameter(weight.data.new_empty(0), requires_grad=False)
-        bias = getattr(layer, "bias", None)
-        if bias is not None:
-            layer.bias_float = bias.data.float()
         large = weight.device.type == "cpu" and weight.numel() >= heap.SMALLEST
         del weight  # the last reference, unless the embedding has the same
         if large:
@@ -71,26 +71,13 @@ class QuantizedLinear(LinearMethodBase):  # type: ignore[misc]
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return y [..., N] for x [..., K]."""
-        if bias is not None:
-            bias = layer.bias_float
-        kernel = layer.kernel
-        if x.dim() == 2:
-            return kernel(x, bias)
-        y = kernel(x.reshape(-1, x.shape[-1]), bias)
-        return y.view(*x.shape[:-1], kernel.out_features)
+        return packed.apply(layer, x, bias)
 
 
 class QuantizedHead(QuantizedLinear):
     """The output layer in 8 bits. Where its weight is the embedding's, that stays as it is."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        options: QuantizationConfig,
-        before_packing: Callable[[], None] = lambda: None,
-    ) -> None:
-        super().__init__(plan, options, before_packing)
-        self._plain = UnquantizedEmbeddingMethod()
+    plain = UnquantizedEmbeddingMethod
 
     def tie_weights(self, layer: torch.nn.Module, embedding: torch.nn.Module) -> torch.nn.Module:
         """Have the layer take the embedding's weight when all are loaded."""
