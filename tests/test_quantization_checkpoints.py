@@ -17,7 +17,7 @@ from vllm.scalar_type import scalar_types
 
 from scalellm_plugins import config
 from scalellm_plugins.kernels import reference, registry
-from scalellm_plugins.quantization import checkpoints
+from scalellm_plugins.quantization import checkpoints, heap
 from scalellm_plugins.quantization.checkpoints import (
     ScaleLLMInt8LinearKernel,
     ScaleLLMLinearKernel,
@@ -92,6 +92,7 @@ def test_four_bits(form: str, group: int, dtype: torch.dtype) -> None:
     for _ in range(2):  # again: nothing
         kernel.process_weights_after_loading(layer)
     assert layer.w.numel() == layer.s.numel() == 0, "the checkpoint's tensors are let go"
+    assert layer.z is None or layer.z.numel() == 0
     spread = WIDTH // groups
     offset = zeros.repeat_interleave(spread, 1) if has_zeros else 8
     exact = (q - offset).double() * scales.double().repeat_interleave(spread, 1)
@@ -173,6 +174,37 @@ def test_what_is_left_to_vllm(other: dict[str, Any], why: str) -> None:
 def test_rows_of_16_bits_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_INT4_W4A8", "0")
     assert "VLLM_CPU_INT4_W4A8=0" in str(ScaleLLMLinearKernel.can_implement(asked())[1])
+
+
+def test_weights_in_an_order_of_their_own() -> None:
+    """As vLLM 0.29 still says it of GPTQ's."""
+    wanted = asked()
+    wanted.has_g_idx = True
+    assert "act-order" in str(ScaleLLMLinearKernel.can_implement(wanted)[1])
+
+
+def test_where_there_is_amx_vllm_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert "AMX" in str(ScaleLLMLinearKernel.can_implement(asked())[1])
+    assert not ScaleLLMInt8LinearKernel.is_supported()[0]
+
+
+def test_w8a8_of_a_model_in_32_bits_is_left_to_vllm() -> None:
+    said = SimpleNamespace(is_channelwise=True, is_static_input_scheme=False, input_symmetric=True)
+    assert ScaleLLMInt8LinearKernel.can_implement(said) == (False, "rows of torch.float32")
+
+
+def test_freed_memory_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of large layers: the call takes milliseconds."""
+    trims: list[None] = []
+    monkeypatch.setattr(heap, "trim", lambda: trims.append(None))
+    for width, expected in ((64, 0), (heap.SMALLEST // 64, 1)):
+        weight = torch.zeros(64, width, dtype=torch.int8)
+        layer = SimpleNamespace(w=parameter(weight))
+        kernel = registry.int8(weight, torch.ones(64), torch.bfloat16)
+        checkpoints._keep(layer, kernel, layer.w)
+        assert layer.w.numel() == 0
+        assert len(trims) == expected
 
 
 def test_it_comes_first_unless_an_option_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
