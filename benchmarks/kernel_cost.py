@@ -81,7 +81,7 @@ def load(build: str) -> None:
     if build == "native":
         registry.load_vllm_ops()
         return
-    native.LEFT_OUT = ("avx512", "avxvnni")
+    native.LEFT_OUT = ("avx512", "avxvnni", "gfni")
     os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     spec = importlib.util.find_spec("vllm")
     assert spec is not None, "no vLLM here"

@@ -59,7 +59,7 @@ def forget() -> None:
     params=[
         (WIDE, ()),
         (WIDE, ("avx512bf16", "avx512fp16", "avx512vbmi", "avxvnni")),
-        (NARROW, ("avx512", "avxvnni")),
+        (NARROW, ("avx512", "avxvnni", "gfni")),
     ],
     ids=["this processor", "Cascade Lake", "AVX2"],
 )
